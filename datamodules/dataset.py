@@ -1,0 +1,120 @@
+"""Rows of a JSONL file as examples: media found, decoded, augmented and put through the model's processor."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset
+
+from datamodules.augment import ImageAugment, rng
+from datamodules.batch import Example, Modality, RowError
+from datamodules.conversation import PromptTemplate, Sample, parse_row
+from datamodules.jsonl import JsonlFile
+from datamodules.media import ImageLimits, decode_image
+from datamodules.processor import Processor
+from datamodules.sources import MediaError, MediaRoot, content_key
+
+
+class RowKey(NamedTuple):
+    """A row in an epoch: what an example, augmentation included, is a pure function of."""
+
+    row: int
+    epoch: int
+
+
+class MultiModalDataset(Dataset[Example]):
+    """The rows of one JSONL file.
+
+    `dataset[i]` is the example of row i, or raises a `RowError` that names file, line and reason. A loader asks for
+    whole batches (`__getitems__`) and gets such errors beside the examples, so that one bad row costs one row.
+
+    Args:
+        data_path: The JSONL file.
+        media_root: Folder below which the rows' media lie.
+        processor: The model's own; turns samples into examples.
+        prompt_template: For flat rows, for example "Question: {question}".
+        modality: The modality whose augmentation `augment` is.
+        augment: Random augmentation of each medium, for training; None: none.
+        seed: Seed of the augmentation.
+        rows: Which rows of the file belong to the dataset; None: all.
+        generate: Examples end where the answer begins, and rows need no answer.
+        limits: How big a picture may be, before it is decoded.
+
+    Raises:
+        ValueError: The file, the media root or the prompt template cannot be used.
+    """
+
+    def __init__(
+        self,
+        data_path: str,
+        media_root: str,
+        processor: Processor,
+        prompt_template: str | None = None,
+        modality: Modality = "image",
+        augment: ImageAugment | None = None,
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+        generate: bool = False,
+        limits: ImageLimits = ImageLimits(),  # it is frozen
+    ) -> None:
+        if prompt_template is not None:
+            PromptTemplate(prompt_template)  # what is wrong with it is said here, once, and not in a worker
+        self.file = JsonlFile(data_path)
+        self.media_root = MediaRoot(Path(media_root))
+        self.processor = processor
+        self.prompt_template = prompt_template
+        self.modality = modality
+        self.augment = augment
+        self.seed = seed
+        self.rows = rows if rows is not None else range(len(self.file))
+        self.generate = generate
+        self.limits = limits
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample(self, row: int) -> Sample:
+        """Row number `row` as a sample, without its media.
+
+        Raises:
+            RowError: The row is malformed.
+        """
+        line = self.rows[row]
+        return parse_row(
+            self.file[line], self.file.origin(line), prompt_template=self.prompt_template, require_answer=not self.generate
+        )
+
+    def decode(self, sample: Sample) -> dict[Modality, list[tuple[str, Any]]]:
+        """Decoded media of a sample by modality, each with a key of its content.
+
+        Raises:
+            RowError: A medium is missing, corrupt, or over a limit.
+        """
+        try:
+            images = [
+                (content_key(item.source, self.media_root), decode_image(item.source, self.media_root, self.limits))
+                for item in sample.media("image")
+            ]
+        except MediaError as error:
+            raise RowError(sample.origin, str(error)) from error
+        return {"image": images} if images else {}
+
+    def __getitem__(self, key: int | RowKey) -> Example:
+        row, epoch = key if isinstance(key, RowKey) else RowKey(key, 0)
+        sample = self.sample(row)
+        media = self.decode(sample)
+        if self.augment is not None and self.augment.is_random and self.modality in media:
+            media[self.modality] = [
+                (f"{content}@{epoch}.{row}.{place}", self.augment(image, rng(self.seed, epoch, self.rows[row], place)))
+                for place, (content, image) in enumerate(media[self.modality])
+            ]
+        return self.processor(sample, media, generate=self.generate)
+
+    def __getitems__(self, keys: Sequence[int | RowKey]) -> list[Example | RowError]:
+        items: list[Example | RowError] = []
+        for key in keys:
+            try:
+                items.append(self[key])
+            except RowError as error:
+                items.append(error)
+        return items

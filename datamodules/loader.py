@@ -1,0 +1,198 @@
+"""Loaders that keep account of every row, and one that can stop anywhere and go on there."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader
+
+from datamodules.batch import Batch, Example, RowError
+from datamodules.collate import collate
+from datamodules.dataset import MultiModalDataset
+from datamodules.sampler import GlobalBatches, RowSampler
+from datamodules.skipped import SkippedRows
+
+__all__ = ["Collate", "Progress", "RowLoader", "SkippedRows", "StatefulLoader"]
+
+log = logging.getLogger(__name__)
+
+
+class RowLoader:
+    """Batches of a dataset, all of an epoch's in each loop over it.
+
+    A row that cannot be used leaves a gap: its batch is smaller, and may be empty, so that the other rows come in the
+    same batches, in the same order and with the same augmentation as if it were good. To take the bad rows out of the
+    file instead numbers the rows anew, and so deals them to other batches.
+
+    Each loop over it is the next epoch, also where the loop before was left early. The global random generator of torch
+    is neither read nor advanced.
+
+    It holds a `DataLoader` and is none, so that no `Trainer` makes it anew around a sampler of its own: the ranks'
+    shares are dealt here, with and without `use_distributed_sampler`.
+
+    Args:
+        dataset: Rows to load.
+        batch_size: Rows a batch, on each rank.
+        skipped: Where skipped rows are named.
+        shuffle: A new order of rows each epoch.
+        seed: Seed of the orders.
+        num_workers: Processes that read and decode, kept from epoch to epoch; 0: this one does it.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self,
+        dataset: MultiModalDataset,
+        batch_size: int,
+        skipped: SkippedRows,
+        shuffle: bool = False,
+        seed: int = 0,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.dataset = dataset
+        self.skipped = skipped
+        self.num_workers = num_workers
+        self.rows = RowSampler(len(dataset), shuffle, seed)
+        self.batches = GlobalBatches(self.rows, batch_size, rank, world_size)
+        self.counts: Counter[str] = Counter()
+        self._loader: DataLoader[Batch] | None = None
+        self._next_report = 1
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.rows.begin(len(self))
+        if self.rows.batch == 0:
+            self.counts.clear()
+        if self._loader is None:
+            self._loader = self._start()
+        for batch in self._loader:
+            self._account(batch)
+            yield batch
+
+    def row_counts(self) -> dict[str, int]:
+        """Rows of the epoch at hand, on this rank: rows = trained + skipped + not_reached; and its dropped_tokens."""
+        trained, skipped = self.counts["trained"], self.counts["skipped"]
+        rows = self.batches.num_rows()
+        return {
+            "rows": rows,
+            "trained": trained,
+            "skipped": skipped,
+            "not_reached": rows - trained - skipped,
+            "dropped_tokens": self.counts["dropped_tokens"],
+        }
+
+    def stop_workers(self) -> None:
+        """Ends the processes that decode, once no loop is under way; the next loop starts new ones."""
+        self._loader = None
+
+    def _start(self) -> DataLoader[Batch]:
+        return DataLoader(
+            self.dataset,  # type: ignore[arg-type]  # the collate function makes batches of its examples
+            batch_sampler=self.batches,
+            collate_fn=Collate(self.dataset.processor.pad_id, "left" if self.dataset.generate else "right"),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # its own: a loader that draws its workers' seeds from the global one changes what dropout draws after a resume
+            generator=torch.Generator().manual_seed(self.rows.seed),
+        )
+
+    def _account(self, batch: Batch) -> None:
+        """Counts the rows of a batch that is about to be handed out."""
+        self.counts["skipped"] += len(batch["skipped"])
+        self.skipped.add(batch["skipped"])
+        self.counts["trained"] += len(batch["examples"])
+        self.counts["dropped_tokens"] += batch["num_dropped_tokens"]
+        self.rows.batch += 1
+        if (dropped := self.counts["dropped_tokens"]) >= self._next_report:
+            log.warning("%d token(s) cut from answers in this epoch, since prompt.on_too_long is cut", dropped)
+            self._next_report = 2 * dropped  # a few lines, however many rows there are
+
+
+class Progress(NamedTuple):
+    """How far a trainer is: its epoch, and how many batches it has finished, in all epochs together."""
+
+    epoch: int
+    batches_done: int
+
+
+class StatefulLoader(RowLoader):
+    """A `RowLoader` whose state is the place in the epoch: a few numbers, restored without reading what was read.
+
+    It is for training. An evaluation begins at its first row, always, and so takes a `RowLoader`.
+
+    Args:
+        progress: Says how far the trainer is: which epoch a loop is, and whether the batch at hand was finished when a
+            stopped run is saved. None: each loop is the next epoch, and a batch that is handed out counts as finished.
+    """
+
+    def __init__(self, *args: Any, progress: Callable[[], Progress] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.progress = progress
+        self._before: tuple[dict[str, Any], int] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.progress is not None:
+            self.rows.set_epoch(self.progress().epoch)
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last batch that was finished."""
+        place = self._place()
+        if self.progress is not None and self._before is not None:
+            before, batches_done = self._before
+            if self.progress().batches_done == batches_done:
+                place = before
+        return {**place, "order": self._order()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on at a saved place.
+
+        Raises:
+            ValueError: It is a place in another order of rows.
+        """
+        saved, now = state["order"], self._order()
+        changed = [f"{name} {saved[name]} (now {now[name]})" for name in now if saved[name] != now[name]]
+        if changed:
+            raise ValueError(
+                f"the checkpoint's place in the training data belongs to {', '.join(changed)}: a run is resumed with the data "
+                "and options that it had. Set them back, or start a new run from its weights with model.init_from"
+            )
+        self.rows.go_to(state["epoch"], state["batch"])
+        self.counts = Counter(state["counts"])
+        self._before = None
+
+    def _account(self, batch: Batch) -> None:
+        if self.progress is not None:
+            self._before = self._place(), self.progress().batches_done
+        super()._account(batch)
+
+    def _place(self) -> dict[str, Any]:
+        return {"epoch": self.rows.epoch, "batch": self.rows.batch, "counts": dict(self.counts)}
+
+    def _order(self) -> dict[str, int]:
+        """What the batches of an epoch are a function of, by the names of the options."""
+        return {
+            "training rows": self.rows.num_rows,
+            "batch_size x processes": self.batches.global_size,
+            "shuffle": self.rows.shuffle,
+            "seed": self.rows.seed,
+        }
+
+
+class Collate:
+    """`collate` with its options, picklable."""
+
+    def __init__(self, pad_id: int, side: Literal["left", "right"]) -> None:
+        self.pad_id = pad_id
+        self.side = side
+
+    def __call__(self, items: Sequence[Example | RowError]) -> Batch:
+        return collate(items, self.pad_id, self.side)

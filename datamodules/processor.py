@@ -1,0 +1,296 @@
+"""The one truth about text and pixels: a `Sample` in, an `Example` of token ids, labels and media tensors out."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from datamodules.batch import MODALITIES, Example, MediaItem, Modality, RowError
+from datamodules.chat_tokenizer import MEDIA_TOKENS, ChatTokenizer, load_tokenizer
+from datamodules.conversation import Message, Sample, Text
+from datamodules.parts import EncoderLike, ProjectorLike, media_shape, part_from_spec
+from datamodules.template import ConversationError
+from datamodules.tokens import Encoded, Tokens, expand, limit_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FILE_NAME = "processor.json"
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How a conversation becomes tokens.
+
+    Args:
+        chat_template: None: the tokenizer's own; "plain": one for base models, which have none; or the path of a
+            .jinja file.
+        system: A system message for rows that have none.
+        max_length: Most tokens a row may have, media included.
+        on_too_long: What happens to a longer row: "skip" refuses it; "cut" drops tokens at its end, but never a medium
+            or the whole answer.
+    """
+
+    chat_template: str | None = None
+    system: str | None = None
+    max_length: int = 2048
+    on_too_long: Literal["skip", "cut"] = "skip"
+
+    def __post_init__(self) -> None:
+        template = self.chat_template
+        if template is not None and template != "plain" and not template.endswith(".jinja"):
+            raise ValueError(f"prompt.chat_template is null, plain, or the path of a .jinja file, got {template!r}")
+        if self.max_length < 1:
+            raise ValueError(f"prompt.max_length is a number of tokens, at least 1, got {self.max_length}")
+
+
+class Processor:
+    """Turns samples into examples; the same object in training, evaluation, export and serving.
+
+    What is learnt of an answer is everything from where its prompt ends to its end token, so that the tokens in front of it
+    are exactly those of the prompt when the model is asked.
+
+    Args:
+        tokenizer: Hub name or folder of the tokenizer; read when it is first needed.
+        prompt: Template, system message and length limit.
+        encoders: The model's encoder of each modality; it need not be built.
+        projectors: The model's projector of each modality; it need not be built.
+
+    Raises:
+        ValueError: A modality has an encoder but no projector, or the other way round.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        prompt: PromptOptions = PromptOptions(),  # it is frozen
+        encoders: Mapping[Modality, EncoderLike] | None = None,
+        projectors: Mapping[Modality, ProjectorLike] | None = None,
+    ) -> None:
+        self.name_or_path = tokenizer
+        self.prompt = prompt
+        self.encoders = dict(encoders or {})
+        self.projectors = dict(projectors or {})
+        if self.encoders.keys() != self.projectors.keys():
+            raise ValueError(
+                f"encoders and projectors go together, got encoders for {sorted(self.encoders)} "
+                f"and projectors for {sorted(self.projectors)}"
+            )
+
+    def __call__(
+        self, sample: Sample, media: Mapping[Modality, Sequence[tuple[str, Any]]] | None = None, generate: bool = False
+    ) -> Example:
+        """Makes an example of a sample.
+
+        Args:
+            sample: The row.
+            media: For each modality the key and the decoded medium of each item, in the order of `sample.media`.
+            generate: Make the prompt for the last answer instead; that answer becomes the example's `reference`.
+
+        Raises:
+            RowError: The row cannot be used.
+            ValueError: The tokenizer or the chat template cannot be used.
+        """
+        self._check_media(sample)
+        media = media or {}
+        num_tokens = {
+            modality: [self.num_tokens(modality, media_shape(item)) for _, item in items] for modality, items in media.items()
+        }
+        tokens, labels, choices, num_dropped = self.encode(sample, num_tokens, generate)
+        items: dict[str, list[MediaItem]] = {
+            modality: [
+                MediaItem(key, self.encoders[modality].transform(item), num)
+                for (key, item), num in zip(media[modality], nums, strict=True)
+            ]
+            for modality, nums in num_tokens.items()
+            if nums
+        }
+        last = sample.messages[-1]
+        prompts = [message.text for message in sample.messages if message.role == "user"]
+        return Example(
+            origin=sample.origin,
+            id=sample.id,
+            tokens=tokens,
+            labels=labels,
+            media=items,
+            choices=choices,
+            prompt=prompts[-1] if prompts else "",
+            reference=last.text if last.role == "assistant" else "",
+            num_dropped_tokens=num_dropped,
+        )
+
+    def num_tokens(self, modality: Modality, shape: tuple[int, ...]) -> int:
+        """How many tokens a medium of this shape takes in a row.
+
+        Args:
+            modality: Its kind.
+            shape: Shape of the decoded medium, as `media_shape` gives it.
+        """
+        return self.projectors[modality].num_tokens(self.encoders[modality].num_tokens(shape))
+
+    def encode(self, sample: Sample, num_tokens: Mapping[Modality, Sequence[int]], generate: bool = False) -> Encoded:
+        """The text of a sample as tokens, with media as placeholders; no medium is read.
+
+        Args:
+            sample: The row.
+            num_tokens: For each modality the tokens of each item, in the order of `sample.media`.
+            generate: End where the last answer starts, without labels.
+
+        Raises:
+            RowError: The row cannot be used.
+            ValueError: The tokenizer or the chat template cannot be used.
+        """
+        self._check_media(sample)
+        for modality in MODALITIES:
+            got, expected = len(num_tokens.get(modality, ())), len(sample.media(modality))
+            if got != expected:
+                raise ValueError(f"{sample.origin}: expected the {modality} of {expected} places in the row, got {got}")
+        try:
+            messages = self._messages(sample, generate)
+            chat = [(message.role, self._text(message)) for message in messages]
+            if generate:
+                tokens = Tokens(self.chat.prompt(chat), [], None)
+            else:
+                for choice in sample.choices:
+                    self.chat.check_text(choice)
+                supervised = [number for number, message in enumerate(messages) if message.supervised]
+                tokens = self.chat.write(chat, supervised, sample.choices)
+            counts = {self.chat.media_ids[modality]: nums for modality, nums in num_tokens.items()}
+            media_ids = self.chat.media_ids.values()
+            return limit_length(
+                expand(tokens, counts), self.prompt.max_length, media_ids, cut=self.prompt.on_too_long == "cut" and not generate
+            )
+        except ConversationError as error:
+            raise RowError(sample.origin, str(error)) from error
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Token ids as text: special tokens left out, the places of neighbouring media written as one `<image>`."""
+        return self.chat.decode(token_ids)
+
+    def media_token(self, modality: Modality) -> str:
+        """The special token that holds the places of a medium's embeddings."""
+        return MEDIA_TOKENS[modality]
+
+    def media_token_id(self, modality: Modality) -> int:
+        """The id of `media_token`: behind the tokenizer's own ids, so that no row of an embedding table belongs to it."""
+        return self.chat.media_ids[modality]
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The ids that end an answer: the template's ends of turn, and the tokenizer's end of text."""
+        return self.chat.eos_ids
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills rows up to the batch's length; masked everywhere."""
+        own = self.tokenizer.pad_token_id
+        return self.eos_ids[0] if own is None else own
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer, with the tokens for media added and the chat template set.
+
+        Raises:
+            ValueError: It is not there, has no fast version, or no chat template.
+        """
+        return self.chat.tokenizer
+
+    @cached_property
+    def chat(self) -> ChatTokenizer:
+        """The tokenizer at work, read when it is first needed."""
+        return ChatTokenizer(load_tokenizer(self.name_or_path, self.prompt.chat_template), self.name_or_path)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files and processor.json, each under a temporary name first, processor.json last.
+
+        The saved tokenizer's own template is the one in use, wherever it came from.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        encoders, projectors = self._specs()
+        prompt = asdict(replace(self.prompt, chat_template=None))
+        description = {"tokenizer": self.name_or_path, "prompt": prompt, "encoders": encoders, "projectors": projectors}
+        with tempfile.TemporaryDirectory(prefix=".processor-", dir=folder) as temporary:
+            self.tokenizer.save_pretrained(temporary)
+            names = sorted(path.name for path in Path(temporary).iterdir())
+            Path(temporary, FILE_NAME).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            for name in [*names, FILE_NAME]:
+                Path(temporary, name).replace(folder / name)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Processor":
+        """The processor that `save` wrote; nothing is fetched.
+
+        Raises:
+            ValueError: There is none, or one of its parts cannot be made.
+        """
+        path = Path(folder, FILE_NAME)
+        if not path.is_file():
+            raise ValueError(f"no {FILE_NAME} in {folder}: expected a folder that a processor was saved to")
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return _from_parts(cls, str(folder), PromptOptions(**saved["prompt"]), saved["encoders"], saved["projectors"])
+
+    def fingerprint(self) -> str:
+        """The same for two processors that make the same examples, wherever their tokenizer lies."""
+        template, backend = self.tokenizer.get_chat_template(), self.tokenizer.backend_tokenizer.to_str()
+        state = [asdict(replace(self.prompt, chat_template=None)), self._specs(), template, backend]
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A loader worker gets the description, not the weights that the parts may have by then.
+        return _from_parts, (type(self), self.name_or_path, self.prompt, *self._specs())
+
+    def _specs(self) -> tuple[dict[Modality, Any], dict[Modality, Any]]:
+        """Encoders and projectors as JSON."""
+        return (
+            {modality: part.spec() for modality, part in self.encoders.items()},
+            {modality: part.spec() for modality, part in self.projectors.items()},
+        )
+
+    def _messages(self, sample: Sample, generate: bool) -> list[Message]:
+        """The messages that are written: with the system message of the options, and without the answer to be generated."""
+        messages = list(sample.messages)
+        if generate and messages[-1].role == "assistant":
+            messages.pop()
+        elif not generate and not any(message.supervised for message in messages):
+            raise ConversationError("the row has no answer to learn from: expected an assistant message that is in the loss")
+        if self.prompt.system is not None and messages[0].role != "system":
+            messages.insert(0, Message("system", (Text(self.prompt.system),)))
+        return messages
+
+    def _text(self, message: Message) -> str:
+        """A message with one token for each medium."""
+        for piece in message.content:
+            if isinstance(piece, Text):
+                self.chat.check_text(piece.text)
+        return "".join(piece.text if isinstance(piece, Text) else MEDIA_TOKENS[piece.modality] for piece in message.content)
+
+    def _check_media(self, sample: Sample) -> None:
+        """Refuses a row with media that the model cannot read."""
+        for modality in MODALITIES:
+            if modality not in self.encoders and sample.media(modality):
+                raise RowError(
+                    sample.origin,
+                    f"the row has {modality} in it, but the model has no encoder for that: set model.{modality}_encoder and "
+                    f"model.{modality}_projector, or leave the row out",
+                )
+
+
+def _from_parts(
+    cls: type[Processor],
+    tokenizer: str,
+    prompt: PromptOptions,
+    encoders: Mapping[Modality, dict[str, Any]],
+    projectors: Mapping[Modality, dict[str, Any]],
+) -> Processor:
+    """A processor whose parts are given as JSON."""
+    return cls(
+        tokenizer,
+        prompt,
+        {modality: part_from_spec(spec) for modality, spec in encoders.items()},
+        {modality: part_from_spec(spec) for modality, spec in projectors.items()},
+    )

@@ -1,0 +1,110 @@
+"""The rows that could not be used: each named once, in a file that all processes of a run share."""
+
+import contextlib
+import fcntl
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from datamodules.batch import RowError
+
+log = logging.getLogger(__name__)
+
+
+class SkippedRows:
+    """Names rows in `skipped.jsonl`, and stops the run when they are too many.
+
+    A row that stands in the file already, from an earlier epoch, another process or before a resume, is not written
+    again. It counts when it is met, so that a row that was mended before the run was resumed does not. Rows that other
+    processes name meanwhile count as well.
+
+    Args:
+        path: The file, in the run folder; None: only count.
+        data_path: The file whose rows are counted, as their `Origin` has it.
+        num_rows: Rows of that file.
+        max_skipped: The share of them that may be skipped.
+    """
+
+    def __init__(self, path: Path | None, data_path: str, num_rows: int, max_skipped: float) -> None:
+        self.path = path
+        self.data_path = data_path
+        self.num_rows = num_rows
+        self.max_skipped = max_skipped
+        self._named: set[tuple[str, int]] = set()
+        self._met: set[int] = set()
+        self._offset = 0
+        if path is not None and path.exists():
+            with path.open("rb") as file:
+                self._named |= self._read_new(file)
+
+    @property
+    def count(self) -> int:
+        """Rows of the data file that were skipped so far."""
+        return len(self._met)
+
+    def add(self, errors: Sequence[RowError]) -> None:
+        """Names rows.
+
+        Raises:
+            ValueError: More than `max_skipped` of the rows are skipped by now, or all; or the file cannot be written.
+        """
+        if not errors:
+            return
+        new = self._name(errors)
+        self._met |= {error.origin.line for error in errors}
+        where = f", see {self.path}" if self.path is not None else ""
+        if new:
+            log.warning("skipped %d row(s), %d so far%s; the last: %s", len(new), self.count, where, new[-1])
+        if self.count == self.num_rows or self.count / self.num_rows > self.max_skipped:
+            limit = f"more than data.max_skipped = {self.max_skipped} allows"
+            raise ValueError(
+                f"{self.count:,} of the {self.num_rows:,} rows of {self.data_path} could not be used, "
+                f"{limit if self.count < self.num_rows else 'so none is left'}. "
+                f"The last one is {errors[-1]}. Mend these rows{where}, or raise data.max_skipped"
+            )
+
+    def _name(self, errors: Sequence[RowError]) -> list[RowError]:
+        """Writes those that no process has named yet, and returns them."""
+        new = [error for error in errors if _key(error) not in self._named]
+        if new and self.path is not None:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a+b") as file:
+                    with contextlib.suppress(OSError):  # without locks, on some network disks, a row may be named twice
+                        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+                    others = self._read_new(file)
+                    self._met |= {line for name, line in others if name == self.data_path}
+                    self._named |= others
+                    file.truncate(self._offset)  # the rest of a line, by a process that was killed in it
+                    new = [error for error in new if _key(error) not in self._named]
+                    self._offset += file.write(b"".join(_to_json_line(error) for error in new))
+            except OSError as error:
+                raise ValueError(
+                    f"{self.path} cannot be written ({error.strerror}): make room or get the right to write there, "
+                    "or give another run folder with --trainer.default_root_dir"
+                ) from error
+        self._named |= {_key(error) for error in new}
+        return new
+
+    def _read_new(self, file: BinaryIO) -> set[tuple[str, int]]:
+        """File and line of the rows that were named since the last time."""
+        file.seek(self._offset)
+        complete, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(complete) + len(newline)
+        try:
+            rows = [json.loads(line) for line in complete.split(b"\n") if line]
+            return {(row["file"], row["line"]) for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path} holds something else than skipped rows ({error!r}): delete or rename it") from error
+
+
+def _key(error: RowError) -> tuple[str, int]:
+    return error.origin.file, error.origin.line
+
+
+def _to_json_line(error: RowError) -> bytes:
+    row = {"file": error.origin.file, "line": error.origin.line, "reason": error.reason}
+    text = json.dumps(row, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"  # half of a surrogate pair becomes its JSON escape

@@ -1,0 +1,1 @@
+"""Using what was trained: asking it, exporting it, serving it."""

@@ -1,0 +1,1 @@
+"""Pixels, frames and waveforms to features, and features to embeddings."""

@@ -1,0 +1,161 @@
+"""What a part of the model is: made cheaply, built once, and able to write itself down.
+
+Shape suffixes: B items, N encoder tokens, M projected tokens, D width.
+"""
+
+import dataclasses
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Self
+
+import jsonargparse
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from encoders.tuning import Tune, apply_tune
+
+MediaShape = tuple[int, ...]
+"""Shape of decoded media, known from a file's header: image (height, width), video (frames, height, width), audio (samples,)."""
+
+MediaTransform = Callable[[Any], Tensor]
+"""Decoded media (a PIL image, frames, a waveform) to the tensor that the encoder takes. Picklable: it runs in loader workers."""
+
+
+class Part(nn.Module):
+    """A module with a cheap constructor, whose weights are made by `build`, and which remembers its options.
+
+    `Part.options` holds the arguments of the constructor, so that a part can be written as JSON (`spec`)
+    and made again (`from_spec`) without a YAML file. Pass options by keyword: `*args` have no names to remember.
+
+    Attributes:
+        tune: What of the part is trained, and how fast.
+        options: The constructor's arguments, by name.
+    """
+
+    tune: Tune
+    options: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        part = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind_partial(part, *args, **kwargs)
+        options = dict(list(bound.arguments.items())[1:])
+        options |= options.pop("kwargs", {})
+        if "args" in options:
+            raise TypeError(f"{cls.__name__} takes its options by keyword, got {len(options['args'])} without a name")
+        part.__dict__["options"] = options
+        return part
+
+    def __init__(self, tune: Tune) -> None:
+        super().__init__()
+        self.tune = tune
+
+    @property
+    def has_source(self) -> bool:
+        """Whether `build` reads weights that it would read again; otherwise checkpoints hold also what is frozen."""
+        return False
+
+    def spec(self) -> dict[str, Any]:
+        """The part as JSON: its class and options, without weights."""
+        init_args = {name: _to_json(value) for name, value in self.options.items()}
+        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": init_args}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Self:
+        """Makes the (unbuilt) part that `spec` describes.
+
+        Raises:
+            ValueError: The class is no subclass of this one, or does not take these options.
+        """
+        parser = jsonargparse.ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(cls, "part", required=True)
+        try:
+            config = parser.parse_object({"part": spec})
+        except jsonargparse.ArgumentError as error:
+            raise ValueError(f"{spec.get('class_path')} cannot be made from its saved options: {error}") from error
+        return parser.instantiate_classes(config).part
+
+    def apply_tune(self, module: nn.Module) -> None:
+        """Freezes, adapts or frees `module`, the weights of this part; call it at the end of `build`."""
+        apply_tune(self.tune, module, part=type(self).__name__)
+        self.train(self.training)  # libraries hand out models in either mode, and Lightning keeps the mode it finds
+
+    def train(self, mode: bool = True) -> Self:
+        """Like `nn.Module.train`, but what is frozen stays in evaluation mode, running statistics included."""
+        super().train(mode and self.tune.mode != "frozen")
+        if self.tune.mode == "lora":
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+
+class Encoder(Part):
+    """Pixels, frames or waveforms to features. A new backbone is one subclass with these members.
+
+    A subclass defines `build`, `forward`, `num_tokens`, `transform` and `hidden_size`.
+    The last three are known without weights: they serve the data side, from an unbuilt copy.
+    """
+
+    @property
+    @abstractmethod
+    def hidden_size(self) -> int:
+        """Width D of the features."""
+
+    @cached_property
+    @abstractmethod
+    def transform(self) -> MediaTransform:
+        """Decoded media to the tensor that `forward` takes a batch of."""
+
+    @abstractmethod
+    def build(self) -> None:
+        """Makes the weights. Called once, from `configure_model`."""
+
+    @abstractmethod
+    def num_tokens(self, shape: MediaShape) -> int:
+        """How many features an item of this shape gives.
+
+        Args:
+            shape: Shape of the decoded media, before the transform.
+        """
+
+    @abstractmethod
+    def forward(self, media: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Encodes a batch of transformed items.
+
+        Args:
+            media: The stacked items, as `transform` gives them.
+            mask: True where `media` is real and not padding; None: everywhere.
+
+        Returns:
+            features_BND, and mask_BN, True where a feature is real (None: everywhere).
+        """
+
+
+class Projector(Part):
+    """Features of an encoder to embeddings of the language model: (B, N, in) to (B, M, out)."""
+
+    @abstractmethod
+    def build(self, in_features: int, out_features: int) -> None:
+        """Makes the weights for an encoder of width `in_features` and a language model of width `out_features`."""
+
+    @abstractmethod
+    def num_tokens(self, num_features: int) -> int:
+        """How many embeddings `num_features` features become.
+
+        Raises:
+            ValueError: The projector cannot take that number.
+        """
+
+    @abstractmethod
+    def forward(self, features_BND: Tensor, mask_BN: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Projects features; returns embeddings_BMD and mask_BM (None: all real)."""
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Part):
+        return value.spec()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value

@@ -1,0 +1,154 @@
+"""Vision encoders from transformers.
+
+Shape suffixes: B pictures, C channels, H W pixels or cells, P prefix tokens (class token, registers), N patches, D width.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from inspect import Parameter, signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from encoders.image_base import Encoded, ImageEncoder, one_line
+from encoders.transforms import ImageTransform, default_processor_options, processor_transform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+class HFVisionEncoder(ImageEncoder):
+    """A vision model of transformers: CLIP, SigLIP, DINOv2, ViT and others that take pixels alone.
+
+    The vision tower is taken from a whole CLIP or SigLIP checkpoint too. With `layer` null the features are the class's
+    `last_hidden_state`: after the final norm for SigLIP, DINOv2 and ViT, before it for CLIP, which normalises only what it
+    pools.
+
+    Args:
+        name_or_path: Name on the hub, or a folder with `config.json`.
+        pretrained: Take the checkpoint's weights; False: random ones, from its configuration alone.
+    """
+
+    def __init__(self, name_or_path: str, *args: Any, pretrained: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.name_or_path = name_or_path
+        self.pretrained = pretrained
+
+    @property
+    def has_source(self) -> bool:
+        """Whether the weights come from the hub or a folder."""
+        return self.pretrained
+
+    @cached_property
+    def transform(self) -> ImageTransform:
+        from transformers import AutoImageProcessor
+        from transformers.models.auto.image_processing_auto import get_image_processor_config
+
+        config = self._config()
+        if get_image_processor_config(self.name_or_path):
+            options = AutoImageProcessor.from_pretrained(self.name_or_path).to_dict()
+        else:
+            options = default_processor_options(config.model_type, vars(config).get("image_size", 224))
+        return processor_transform(options, self.resize, self.image_size)
+
+    def _config(self) -> "PreTrainedConfig":
+        """The vision model's configuration, with the blocks up to `layer` only."""
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.name_or_path)
+        except (OSError, ValueError) as error:
+            raise self._unreachable("config.json", error) from error
+        if "vision_config" in type(config).sub_configs:
+            config = config.vision_config
+        if self.layer is not None:
+            depth = vars(config).get("num_hidden_layers")
+            if depth is None:
+                raise ValueError(f"{self.name_or_path} ({config.model_type}) has no plain stack of layers: set layer to null")
+            if abs(self.layer) > depth:
+                raise ValueError(f"layer {self.layer} does not exist in {self.name_or_path}, which has {depth} layers")
+            config.num_hidden_layers = self.layer if self.layer > 0 else depth + 1 + self.layer
+            config.tie_last_hidden_states = False
+        return config
+
+    def _unreachable(self, what: str, error: Exception) -> ValueError:
+        return ValueError(
+            f"name_or_path {self.name_or_path!r} gives no {what}: it is neither a folder that holds one, nor a model that the "
+            f"hub or its cache gave ({one_line(error)}). Give a folder saved by `save_pretrained`, or fill the hub's cache"
+        )
+
+    def _create(self) -> nn.Module:
+        from transformers import AutoModel
+
+        model = AutoModel.from_config(self._config(), dtype=torch.float32)
+        inputs = signature(type(model).forward).parameters.values()
+        needed = {p.name for p in inputs if p.default is Parameter.empty and p.kind is Parameter.POSITIONAL_OR_KEYWORD} - {"self"}
+        if model.main_input_name != "pixel_values" or needed - {"pixel_values"}:
+            takes = ", ".join(sorted(needed | {model.main_input_name}))
+            raise ValueError(
+                f"{self.name_or_path} is a {type(model).__name__}, which takes {takes}: "
+                "a vision model that takes pixel_values alone is needed"
+            )
+        return model
+
+    def _load(self) -> nn.Module:
+        from safetensors import SafetensorError
+        from transformers import AutoModel
+
+        if not self.pretrained:
+            return self._create()
+        unused = self._measured.unused
+        try:
+            with _errors_only():  # it would list every weight of a text tower or a dropped block; what matters is checked below
+                model, report = AutoModel.from_pretrained(
+                    self.name_or_path,
+                    config=self._config(),
+                    dtype=self.dtype,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
+        except (OSError, SafetensorError) as error:
+            raise self._unreachable("readable weights", error) from error
+        wrong = sorted(set(report["missing_keys"]) - unused)
+        wrong += [f"{name} {tuple(saved)} instead of {tuple(own)}" for name, saved, own in sorted(report["mismatched_keys"])]
+        if wrong:
+            raise ValueError(
+                f"the weights of {self.name_or_path} do not fit {type(model).__name__}: {len(wrong)} tensors are missing or have "
+                f"another shape ({', '.join(wrong[:5])}): give a checkpoint of that class, whose config.json belongs to it"
+            )
+        return model
+
+    def _run(self, model: Any, image_BCHW: Tensor) -> Encoded:
+        config, size = vars(model.config), tuple(image_BCHW.shape[2:])
+        resized = size != _pair(config.get("image_size", size))
+        interpolates = "interpolate_pos_encoding" in signature(type(model).forward).parameters
+        arguments: dict[str, Any] = {"interpolate_pos_encoding": True} if resized and interpolates else {}
+        if self.layer is not None:
+            arguments["output_hidden_states"] = [-1]  # older versions read the list as True and keep them all
+        output = model(pixel_values=image_BCHW, **arguments)
+        tokens = output.last_hidden_state if self.layer is None else output.hidden_states[-1]
+        if tokens.ndim == 4:  # a map, B D H W
+            tokens = tokens.flatten(2).transpose(1, 2)
+            return Encoded(tokens[:, :0], tokens, False)
+        num_patches = math.prod(edge // patch for edge, patch in zip(size, _pair(config.get("patch_size", 1)), strict=True))
+        num_prefix = max(0, tokens.shape[1] - num_patches)  # a hierarchical model ends with fewer tokens, and no prefix
+        return Encoded(tokens[:, :num_prefix], tokens[:, num_prefix:], num_prefix > 0)
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _pair(edges: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    return (edges, edges) if isinstance(edges, int) else (edges[0], edges[1])

@@ -1,0 +1,100 @@
+"""What of a part is trained: nothing, LoRA adapters, or everything."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), applied by PEFT.
+
+    Args:
+        r: Rank of the update.
+        alpha: The update is scaled by alpha / r (with `use_rslora` by alpha / sqrt(r)).
+        dropout: Dropout on the adapter's input.
+        target_modules: Names of the linear layers to adapt, matched at the end of a module's full name.
+        use_dora: Split the weight into magnitude and direction (Liu et al. 2024, arXiv 2402.09353).
+        use_rslora: Rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    use_dora: bool = False
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora.r is the rank of the adapters and must be at least 1, got {self.r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout must lie in [0, 1), got {self.dropout}")
+        if not self.target_modules:
+            raise ValueError("lora.target_modules is empty: name the linear layers to adapt, for example q_proj")
+
+
+@dataclass(frozen=True)
+class Tune:
+    """What of a part is trained, and how fast.
+
+    Args:
+        mode: `frozen` trains nothing, `lora` trains adapters beside frozen weights, `full` trains every weight.
+        lr: Learning rate of this part; None takes the optimizer's own.
+        lora: The adapters, where `mode` is `lora`.
+    """
+
+    mode: Literal["frozen", "lora", "full"] = "full"
+    lr: float | None = None
+    lora: LoRA = field(default_factory=LoRA)
+
+    def __post_init__(self) -> None:
+        if self.lr is not None and self.lr <= 0:
+            raise ValueError(f"tune.lr must be above 0, got {self.lr}: to train nothing, set tune.mode to frozen")
+
+
+def apply_tune(tune: Tune, module: nn.Module, part: str) -> None:
+    """Freezes, adapts or frees `module`, in place.
+
+    Adapters are kept in float32 also where the weights beside them are not.
+
+    Args:
+        tune: What to train.
+        module: The weights of the part.
+        part: Name of the part, for the error.
+
+    Raises:
+        ValueError: `lora.target_modules` matches no layer, or one that cannot be adapted.
+    """
+    module.requires_grad_(tune.mode == "full")
+    if tune.mode != "lora":
+        return
+    from peft import LoraConfig, inject_adapter_in_model  # 5 CPU-seconds to import: only where it is used
+
+    lora = tune.lora
+    names = [name for name, _ in module.named_modules()]
+    for target in lora.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            linear = sorted({name.rsplit(".", 1)[-1] for name, m in module.named_modules() if isinstance(m, nn.Linear)})
+            raise ValueError(
+                f"{part}: lora.target_modules names {target!r}, but no layer of the model has that name. "
+                f"Its linear layers are called: {', '.join(linear) or 'none'}"
+            )
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by it: any number does
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+    )
+    try:
+        inject_adapter_in_model(config, module)
+    except ValueError as error:
+        raise ValueError(f"{part}: lora.target_modules {list(lora.target_modules)} cannot be adapted: {error}") from error
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)

@@ -1,0 +1,1 @@
+"""What is optimised: one LitModule an objective, and the pure losses."""

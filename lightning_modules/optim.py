@@ -1,0 +1,99 @@
+"""What the optimizer gets: groups of parameters by part, and the schedule of their learning rates."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+def parameter_groups(parts: Mapping[str, tuple[nn.Module, float | None]]) -> list[dict[str, Any]]:
+    """Groups the trainable parameters by part, and apart those that must not decay.
+
+    Biases and parameters of at most one dimension (norms, gates, magnitudes) go into a group of their own, called
+    `<part>/no_decay`, with `weight_decay` 0. A parameter that several parts share belongs to the first of them.
+
+    Args:
+        parts: By name, each part and its learning rate; None takes the optimizer's own.
+
+    Returns:
+        Groups for the first argument of an optimizer: `name`, `params`, and `lr` where the part has its own.
+
+    Raises:
+        ValueError: No part has a trainable parameter.
+    """
+    groups: list[dict[str, Any]] = []
+    seen: set[nn.Parameter] = set()  # parameters hash by identity
+    for name, (module, lr) in parts.items():
+        decay: list[nn.Parameter] = []
+        no_decay: list[nn.Parameter] = []
+        for path, parameter in module.named_parameters():
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                is_bias = path.rsplit(".", 1)[-1] == "bias"
+                (no_decay if is_bias or parameter.ndim <= 1 else decay).append(parameter)
+        own = {} if lr is None else {"lr": lr}
+        if decay:
+            groups.append({"name": name, "params": decay, **own})
+        if no_decay:
+            groups.append({"name": f"{name}/no_decay", "params": no_decay, "weight_decay": 0.0, **own})
+    if not groups:
+        raise ValueError(
+            f"nothing to train: every part is frozen ({', '.join(parts) or 'there are no parts'}). "
+            "Set tune.mode to lora or full for at least one part"
+        )
+    return groups
+
+
+class WarmupCosine(LRScheduler):
+    """Linear warm-up to the learning rate, then a cosine down to `min_ratio` of it; one step an optimizer step.
+
+    At step s, counted from 0, the factor is s / warmup_steps during warm-up, so the very first step has learning rate 0;
+    after it min_ratio + (1 - min_ratio) * (1 + cos(pi * p)) / 2, where p grows from 0 to 1 at `total_steps` and stays there
+    (SGDR without restarts, Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5). Up to `total_steps` this is
+    `get_cosine_with_min_lr_schedule_with_warmup` of transformers. A run shorter than its warm-up ends on the ramp.
+
+    The state holds where the schedule stands, not its options: a resumed run that is made longer decays to the new end.
+
+    Args:
+        optimizer: Its groups keep the proportions of their learning rates.
+        total_steps: Optimizer steps of the run, warm-up included.
+        warmup_steps: Optimizer steps until the full learning rate.
+        min_ratio: The last learning rate as a share of the full one.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int, min_ratio: float = 0.0) -> None:
+        if not 1 <= total_steps < math.inf:
+            raise ValueError(
+                f"total_steps is the number of optimizer steps and must be finite and at least 1, got {total_steps}: "
+                "set trainer.max_steps or trainer.max_epochs"
+            )
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+        if not 0 <= min_ratio <= 1:
+            raise ValueError(f"min_ratio is a share of the learning rate and must lie in [0, 1], got {min_ratio}")
+        self.total_steps = total_steps
+        self.warmup_steps = warmup_steps
+        self.min_ratio = min_ratio
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        """The learning rate of each group at the present step."""
+        factor = self._factor(self.last_epoch)
+        return [base_lr * factor for base_lr in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule stands."""
+        options = {"total_steps", "warmup_steps", "min_ratio"}
+        return {name: value for name, value in super().state_dict().items() if name not in options}
+
+    def _factor(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        return self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,175 @@
+"""What the model answers to a handful of validation rows, looked at after every validation."""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from PIL import Image
+
+from datamodules.batch import Batch, Example, RowError
+from lightning_modules.run_folder import run_folder, write_text
+from lightning_modules.sample_table import Column, Row, SampleTable
+
+if TYPE_CHECKING:
+    from datamodules.base import MultiModalDataModule
+    from lightning_modules.multimodal import MultiModalLitModule
+
+THUMBNAIL_PIXELS = 176
+"""Longest side of a picture in the table: twice what the page shows, for fine screens."""
+
+
+class _Chosen(NamedTuple):
+    """A row of the table: with its answer, as a prompt, and its pictures, small."""
+
+    answered: Example
+    prompt: Example
+    pictures: list[Image.Image]
+
+
+class SamplePage(Callback):
+    """Lets the model answer the same few validation rows after every validation.
+
+    Under W&B the answers are logged as the table `val/samples`. Otherwise they are written to `samples.html` in the run
+    folder, one page with a column for each validation; `samples.json` beside it keeps what a resumed run goes on from.
+
+    Args:
+        num_samples: The first so many rows of the validation data that can be used.
+    """
+
+    def __init__(self, num_samples: int = 8) -> None:
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}: to see no samples, leave the callback out")
+        self.num_samples = num_samples
+        self._chosen: list[_Chosen] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets the rows of an earlier fit or validation."""
+        self._chosen = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Asks, on every process alike, and shows the answers."""
+        if trainer.sanity_checking:
+            return
+        module = cast("MultiModalLitModule", pl_module)
+        datamodule: MultiModalDataModule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
+        if self._chosen is None:
+            self._chosen = _choose(module, datamodule, self.num_samples)
+        if not self._chosen:
+            rank_zero_info("no samples to show: none of the validation rows can be used")
+            return
+        with trainer.precision_plugin.val_step_context():
+            column = _ask(trainer, module, datamodule, self._chosen)
+        if not trainer.is_global_zero:
+            return
+        wandb_loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        for logger in wandb_loggers:
+            _log_table(logger, self._chosen, column, trainer.global_step)
+        if not wandb_loggers:
+            _write_page(run_folder(trainer), self._chosen, column)
+
+
+def _choose(module: "MultiModalLitModule", datamodule: "MultiModalDataModule", num_samples: int) -> list[_Chosen]:
+    """The first usable validation rows. The validation loader names those that are not."""
+    dataset = datamodule.val_dataset
+    chosen: list[_Chosen] = []
+    for row in range(len(dataset)):
+        if len(chosen) == num_samples:
+            break
+        try:
+            sample = dataset.sample(row)
+            media = dataset.decode(sample)
+            answered, prompt = module.processor(sample, media), module.processor(sample, media, generate=True)
+        except RowError:
+            continue
+        chosen.append(_Chosen(answered, prompt, [_thumbnail(image) for _, image in media.get("image", [])]))
+    return chosen
+
+
+def _ask(
+    trainer: Trainer, module: "MultiModalLitModule", datamodule: "MultiModalDataModule", chosen: Sequence[_Chosen]
+) -> Column:
+    def batch(examples: list[Example], generate: bool) -> Batch:
+        return trainer.strategy.batch_to_device(datamodule.collate(examples, generate=generate), module.device)
+
+    answers = module.generate(batch([row.prompt for row in chosen], generate=True))
+    answered = batch([row.answered for row in chosen], generate=False)
+    scores = module.score(answered, module.model.encode(answered))
+    in_fit = trainer.state.fn == "fit"
+    checkpoint = f" {Path(trainer.ckpt_path).name}" if trainer.ckpt_path else ""
+    val_loss = trainer.callback_metrics.get("val/loss")
+    return Column(
+        name=f"step {trainer.global_step:,}" if in_fit else f"validate{checkpoint}",
+        step=trainer.global_step if in_fit else None,
+        val_loss=None if val_loss is None else float(val_loss),
+        answers=tuple(answers),
+        losses=tuple((scores.nll_B / scores.count_B).tolist()),
+    )
+
+
+def _log_table(logger: WandbLogger, chosen: Sequence[_Chosen], column: Column, step: int) -> None:
+    data: list[list[Any]] = []
+    for row, answer, loss in zip(chosen, column.answers, column.losses, strict=True):
+        picture = _wandb_image(_side_by_side(row.pictures)) if row.pictures else None
+        prompt = row.prompt
+        data.append([column.name, prompt.id, picture, prompt.prompt, prompt.reference, answer, loss])
+    columns = ["when", "id", "picture", "question", "reference", "answer", "loss"]
+    logger.log_table("val/samples", columns=columns, data=data, step=step)
+
+
+def _wandb_image(picture: Image.Image) -> Any:
+    import wandb
+
+    return wandb.Image(picture)
+
+
+def _write_page(folder: Path, chosen: Sequence[_Chosen], column: Column) -> None:
+    rows = [
+        Row(
+            id=row.prompt.id,
+            origin=str(row.prompt.origin),
+            question=row.prompt.prompt,
+            reference=row.prompt.reference,
+            closed=row.answered.choices is not None,
+            pictures=tuple(_data_uri(picture) for picture in row.pictures),
+        )
+        for row in chosen
+    ]
+    kept = folder / "samples.json"
+    table = SampleTable(rows)
+    if kept.exists():
+        try:
+            earlier = SampleTable.from_json(kept.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{kept} cannot be read ({error}): delete it, and the sample page starts anew") from error
+        if earlier.rows == rows:
+            table = earlier
+    table.add(column)
+    write_text(kept, table.to_json())
+    write_text(folder / "samples.html", table.to_html(f"Samples of {folder.name}"))
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    return small
+
+
+def _side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    sheet = Image.new("RGB", (sum(picture.width for picture in pictures), max(picture.height for picture in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        sheet.paste(picture, (left, 0))
+        left += picture.width
+    return sheet
+
+
+def _data_uri(picture: Image.Image) -> str:
+    kind = "png" if max(picture.size) <= 64 else "jpeg"  # JPEG would blur the few pixels of an icon
+    file = io.BytesIO()
+    picture.save(file, format=kind, quality=88)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

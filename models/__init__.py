@@ -1,0 +1,1 @@
+"""Plain torch: the language model, fusion, and the composed multimodal model."""

@@ -1,0 +1,184 @@
+"""What a checkpoint holds: the weights that cannot be read again from where they came, and proof of those that can."""
+
+import hashlib
+import logging
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from models.multimodal import MultiModalModel
+
+log = logging.getLogger(__name__)
+
+KEYS = {"state_dict", "model", "fingerprints"}
+DAMAGE = (zipfile.BadZipFile, zlib.error, UnpicklingError, RuntimeError, ValueError, OSError, EOFError)
+"""What zipfile and torch raise for a damaged or foreign file."""
+
+
+def saved_names(model: "MultiModalModel") -> set[str]:
+    """Names in the state dict that a checkpoint of the model holds.
+
+    These are what trains (with the running statistics of a fully trained part), and every weight of a part that has no
+    source to read it from again, such as a projector.
+    """
+    names: set[str] = set()
+    for part_name, part in model.parts().items():
+        trainable = {name for name, parameter in part.named_parameters() if parameter.requires_grad}
+        frozen = {name for name, parameter in part.named_parameters() if not parameter.requires_grad}
+        for name in part.state_dict():
+            is_buffer = name not in trainable and name not in frozen
+            if not part.has_source or name in trainable or (is_buffer and part.tune.mode == "full"):
+                names.add(f"{part_name}.{name}")
+    return names
+
+
+def fingerprints(model: "MultiModalModel", saved: Iterable[str]) -> dict[str, str]:
+    """A hash by part of the weights that a checkpoint does not hold: names, shapes, 64 values and a sum of each.
+
+    Adapters do not count, nor that a layer has some, so that a part has one fingerprint however it is tuned.
+    """
+    held = set(saved)
+    hashes: dict[str, str] = {}
+    for part_name, part in model.parts().items():
+        weights = {
+            name.replace(".base_layer", ""): tensor.detach()
+            for name, tensor in part.state_dict().items()
+            if f"{part_name}.{name}" not in held and "lora_" not in name
+        }
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(weights.items()):
+            flat = tensor.reshape(-1)
+            values = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)
+            digest.update(f"{name} {tuple(tensor.shape)} {_sum_of_bits(flat)}".encode())
+            digest.update(values.numpy().tobytes())
+        hashes[part_name] = digest.hexdigest()
+    return hashes
+
+
+def _sum_of_bits(flat: Tensor) -> int:
+    """The bits of all values, as float32, summed as integers: exact, so in any order and on any device the same."""
+    return sum(int(part.to(torch.float32).view(torch.int32).sum()) for part in flat.split(2**24))
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint without running code from it.
+
+    Raises:
+        ValueError: There is no such file, or it is no checkpoint of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        found = f"that folder has {', '.join(there)}" if there else "there is no checkpoint in that folder"
+        raise ValueError(f"there is no checkpoint {path}; {found}")
+    try:
+        damaged = _damaged_entry(path)
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except DAMAGE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({reason}): it is cut off, or not one that this project wrote"
+        ) from error
+    if damaged:
+        raise ValueError(f"{path} is damaged: {damaged} in it is not what was written. Take another checkpoint of the run")
+    if not isinstance(checkpoint, dict) or not set(checkpoint) >= KEYS:
+        raise ValueError(f"{path} is a torch file but no checkpoint of this project: it lacks {', '.join(sorted(KEYS))}")
+    return checkpoint
+
+
+def _damaged_entry(path: Path) -> str | None:
+    """The first entry of the archive that is not as it was written: torch does not compare the checksums that it writes."""
+    with zipfile.ZipFile(path) as archive:
+        folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]  # torch would leave them unread
+        return archive.testzip() or next(iter(folders), None)
+
+
+def load_saved(
+    model: "MultiModalModel", state: Mapping[str, Tensor], expected: Mapping[str, str], names: set[str] | None = None
+) -> None:
+    """Puts the weights of a checkpoint into a built model.
+
+    Args:
+        model: The model, built.
+        state: The checkpoint's weights, by name in the model.
+        expected: The checkpoint's fingerprints of the weights that it does not hold.
+        names: What the checkpoint must hold; None: what a checkpoint of this model would, and what else the model has a place
+            for (after a warm start that is more).
+
+    Raises:
+        ValueError: The names differ from what the model saves, or a frozen part is not the one that was trained with.
+    """
+    own = model.state_dict()
+    wanted = saved_names(model) | (set(state) & set(own)) if names is None else names
+    if wanted != set(state):
+        raise ValueError(
+            "the checkpoint does not fit the model: "
+            f"{describe_difference(wanted - set(state), set(state) - wanted)}. Parts, LoRA options and what trains must be as in "
+            "the run that wrote it; to start another run from its weights, use --model.init_from"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"the checkpoint does not fit the model: {name} is {tuple(tensor.shape)} in it, but {tuple(own[name].shape)} in "
+                "the model. Give the parts the same options (LoRA rank, projector, models) as in the run that wrote it"
+            )
+    if other := other_bases(model, expected, wanted):
+        raise ValueError(
+            f"the frozen weights of {' and '.join(other)} are not those that the checkpoint was trained with: what was trained "
+            "beside them would not fit. Point the part at the same model as in training"
+        )
+    model.load_state_dict(dict(state), strict=False)
+
+
+def other_bases(model: "MultiModalModel", expected: Mapping[str, str], held: Iterable[str]) -> list[str]:
+    """Parts whose weights outside a checkpoint are not those that it was trained with.
+
+    Args:
+        model: The model, built.
+        expected: The checkpoint's fingerprints.
+        held: Names of the weights that the checkpoint holds.
+    """
+    return [part for part, fingerprint in fingerprints(model, held).items() if expected.get(part) != fingerprint]
+
+
+def describe_difference(missing: set[str], unexpected: set[str]) -> str:
+    """A sentence about names that differ."""
+    parts = []
+    for what, names in (("it lacks", missing), ("it holds in addition", unexpected)):
+        if names:
+            parts.append(f"{what} {len(names)} weight(s), such as {sorted(names)[0]}")
+    return " and ".join(parts)
+
+
+def start_from(model: "MultiModalModel", path: str | Path) -> tuple[set[str], set[str]]:
+    """A warm start: puts the weights that a checkpoint holds into a built model that may train something else.
+
+    Warns where they were trained beside other frozen weights than the model has.
+
+    Returns:
+        Names that were loaded, and names that the model will save but were not in the checkpoint (they start afresh).
+
+    Raises:
+        ValueError: The checkpoint holds weights that the model has no place for.
+    """
+    checkpoint = read_checkpoint(path)
+    state = checkpoint["state_dict"]
+    own = model.state_dict()
+    homeless = sorted(name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape)
+    if homeless:
+        raise ValueError(
+            f"model.init_from: {path} holds {len(homeless)} weight(s) that the model has no place for, such as {homeless[0]}: "
+            "an adapter or a projector would be lost. Give the parts the same options (LoRA rank and target_modules, projector) "
+            "as in that run"
+        )
+    if other := [part for part in other_bases(model, checkpoint["fingerprints"], state) if part in checkpoint["fingerprints"]]:
+        log.warning("init_from: %s was trained beside other frozen weights of %s than this run has", path, " and ".join(other))
+    model.load_state_dict(state, strict=False)
+    return set(state), saved_names(model) - set(state)

@@ -1,0 +1,258 @@
+"""The language model: any causal LM of transformers, with adapters, without its logits.
+
+Shape suffixes: B rows, T positions, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from encoders.base import Part
+from encoders.tuning import Tune
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are decoded, by Hugging Face's `generate`.
+
+    Args:
+        max_new_tokens: Length of an answer, in tokens, end token included.
+        temperature: 0 is greedy decoding; above 0 the logits are divided by it and a token is drawn.
+        top_p: Draw from the fewest tokens whose probabilities sum to this.
+        top_k: Draw from this many likeliest tokens; 0 is all.
+        repetition_penalty: Above 1 makes tokens of the answer so far less likely.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"generation.max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"generation.temperature must be 0 (greedy) or above, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"generation.top_p is a sum of probabilities, in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"generation.top_k is a number of tokens, or 0 for all, got {self.top_k}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"generation.repetition_penalty must be above 0, got {self.repetition_penalty}; 1 is none")
+
+
+class LanguageModel(Part):
+    """A causal language model of transformers, from the hub or a folder.
+
+    Args:
+        name_or_path: Name on the hub, or a folder with `config.json`.
+        pretrained: Load the weights; False draws random ones for the configuration, for tests.
+        dtype: Type of the frozen weights. Adapters are float32 in any case.
+        attn_implementation: Attention kernel, as transformers names it; None: sdpa where the model has it, else eager.
+        trust_remote_code: Run Python code that comes with the checkpoint. Read that code first.
+        tune: What is trained, LoRA on q_proj and v_proj by default.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        pretrained: bool = True,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None,
+        trust_remote_code: bool = False,
+        tune: Tune = Tune(mode="lora"),
+    ) -> None:
+        super().__init__(tune)
+        self.name_or_path = name_or_path
+        self.pretrained = pretrained
+        self.dtype = dtype
+        self.attn_implementation = attn_implementation
+        self.trust_remote_code = trust_remote_code
+
+    @property
+    def has_source(self) -> bool:
+        """Whether the weights come from the hub or a folder."""
+        return self.pretrained
+
+    @cached_property
+    def config(self) -> "PretrainedConfig":
+        """The configuration alone, without weights.
+
+        Raises:
+            ValueError: There is no such folder, or the hub has no such model or cannot be reached.
+        """
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.name_or_path, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ValueError(_not_found(self.name_or_path, error)) from error
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the embeddings."""
+        return self.config.get_text_config().hidden_size
+
+    def build(self) -> None:
+        """Makes the weights, then freezes, adapts or frees them.
+
+        Raises:
+            ValueError: There is no such model, its weights are not whole, or its head is of a kind that is not known here.
+        """
+        from transformers import GenerationConfig
+
+        self.model = self._load()
+        self.model.generation_config = GenerationConfig()  # `generate` would fill from the checkpoint's own what we leave open
+        self.apply_tune(self.model)
+        self._check_head()
+
+    def _load(self) -> "PreTrainedModel":
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM
+
+        options: dict[str, Any] = {
+            "dtype": DTYPES[self.dtype],
+            "attn_implementation": self.attn_implementation,
+            "trust_remote_code": self.trust_remote_code,
+        }
+        try:
+            if not self.pretrained:
+                return AutoModelForCausalLM.from_config(self.config, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.name_or_path, config=self.config, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(_not_found(self.name_or_path, error)) from error
+        model, report = loaded
+        wrong = sorted(report["missing_keys"])  # transformers draws random weights in their place
+        wrong += [f"{name} {tuple(saved)} instead of {tuple(own)}" for name, saved, own in sorted(report["mismatched_keys"])]
+        if wrong:
+            raise ValueError(
+                f"language_model.name_or_path: the weights in {self.name_or_path} do not fit its config.json "
+                f"({type(model).__name__}): {len(wrong)} are missing or have another shape, such as {wrong[0]}. "
+                "Give a folder whose weights are whole"
+            )
+        return model
+
+    @property
+    def head(self) -> nn.Module:
+        """The layer that makes logits_BTV of hidden_BTD, adapters included."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def softcap(self) -> float | None:
+        """Logits are c·tanh(logits / c) for this c (Gemma 2), or None."""
+        return self.config.get_text_config().to_dict().get("final_logit_softcapping")
+
+    @property
+    def logit_scale(self) -> float:
+        """Logits are multiplied by this: `logit_scale` (Cohere), 1 / `logits_scaling` (Granite)."""
+        config = self.config.get_text_config().to_dict()
+        return (config.get("logit_scale") or 1.0) / (config.get("logits_scaling") or 1.0)
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Embeds token ids: embeddings_BTD."""
+        return self.model.get_input_embeddings()(tokens_BT)
+
+    def forward(self, embeddings_BTD: Tensor, segments_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """Last hidden states, after the final norm: what the head takes.
+
+        Args:
+            embeddings_BTD: Embedded tokens, media features written in.
+            segments_BT: 0 where a position is padding, else 1.
+            positions_BT: Position of each token in its sample.
+        """
+        lowest, highest = segments_BT.aminmax()
+        assert highest <= 1, "samples that share a row would attend to each other"
+        mask_BT = None if lowest > 0 else segments_BT
+        output = self.model.base_model(
+            inputs_embeds=embeddings_BTD, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False
+        )
+        return output.last_hidden_state
+
+    @torch.no_grad()
+    def generate(
+        self, embeddings_BTD: Tensor, segments_BT: Tensor, options: Generation, eos_ids: Iterable[int], pad_id: int
+    ) -> Tensor:
+        """Continues left-padded prompts with a key-value cache.
+
+        Args:
+            embeddings_BTD: Embedded prompts, padded on the left.
+            segments_BT: 0 where a position is padding.
+            options: How to decode.
+            eos_ids: Tokens that end an answer.
+            pad_id: Fills answers that ended early.
+
+        Returns:
+            The new tokens, (B, at most max_new_tokens).
+        """
+        from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+        sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
+        config = GenerationConfig(
+            max_new_tokens=options.max_new_tokens,
+            do_sample=options.temperature > 0,
+            use_cache=True,
+            eos_token_id=sorted(eos_ids),
+            pad_token_id=pad_id,
+            **(sampling if options.temperature > 0 else {}),
+        )
+        processors = LogitsProcessorList()
+        if options.repetition_penalty != 1:
+            # The config's own would spare as many tokens of an answer as its prompt has of padding, where prompts are embedded.
+            processors.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
+        return self.model.generate(  # type: ignore[operator]  # a mixin that every causal LM has
+            inputs_embeds=embeddings_BTD,
+            attention_mask=(segments_BT > 0).long(),
+            generation_config=config,
+            logits_processor=processors,
+        )
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Refuses a model whose logits are more than its head on its last hidden states."""
+        weight = next(self.model.get_input_embeddings().parameters())
+        if weight.is_meta:
+            return
+        was_training = self.model.training
+        self.model.eval()
+        tokens_BT = torch.tensor([[1, 2]], device=weight.device) % weight.shape[0]
+        logits_BTV = self.model(input_ids=tokens_BT, use_cache=False).logits.float()
+        hidden_BTD = self.model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        ours_BTV = self.head(hidden_BTD).float() * self.logit_scale
+        if self.softcap is not None:
+            ours_BTV = self.softcap * torch.tanh(ours_BTV / self.softcap)
+        self.model.train(was_training)
+        tolerance = 1e-3 if self.dtype == "float32" else 5e-2
+        error = ((logits_BTV - ours_BTV).abs().max() / logits_BTV.abs().max().clamp_min(1e-6)).item()
+        if not error <= tolerance:
+            raise ValueError(
+                f"{self.name_or_path} ({type(self.model).__name__}) makes its logits of its last hidden states in a way "
+                f"that LanguageModel does not know (relative difference {error:.1e}): its loss would be wrong. "
+                "Subclass LanguageModel and override `head`, `softcap` or `logit_scale`."
+            )
+
+
+def _not_found(name_or_path: str, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0]
+    if Path(name_or_path).is_dir():
+        files = ", ".join(sorted(p.name for p in Path(name_or_path).iterdir())[:8]) or "nothing"
+        return (
+            f"language_model.name_or_path: the folder {name_or_path} cannot be read as a causal language model ({first_line}). "
+            f"It holds {files}; expected config.json and model.safetensors."
+        )
+    return (
+        f"language_model.name_or_path: {name_or_path!r} is no folder here, and was not found on the hub or in its cache "
+        f"({first_line}). Give a folder with config.json and model.safetensors, or check the name and the network."
+    )

@@ -1,0 +1,234 @@
+"""The composed model: encode, project, fuse, read. Plain torch; it can be rebuilt without Lightning.
+
+Shape suffixes: B rows, T positions, D hidden size, N unique media items, M embeddings of an item, O occurrences.
+"""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from datamodules.batch import MODALITIES, Batch, MediaBatch, Modality
+from encoders.base import Encoder, Part, Projector
+from models.checkpoint import load_saved, read_checkpoint
+from models.fusion import concatenate
+from models.language import Generation, LanguageModel
+
+EncodedMedia = dict[Modality, tuple[Tensor, Tensor | None]]
+"""By modality: embeddings_NMD of the unique items, and mask_NM (None: all real)."""
+
+
+class MultiModalModel(nn.Module):
+    """Encoders and projectors around a language model.
+
+    State-dict prefixes are the names of the parts: `image_encoder.`, `image_projector.`, `language_model.`.
+
+    Args:
+        language_model: The language model.
+        image_encoder: Encoder of pictures; None: text only.
+        image_projector: From its features to the language model's embeddings.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        image_encoder: Encoder | None = None,
+        image_projector: Projector | None = None,
+    ) -> None:
+        super().__init__()
+        if (image_encoder is None) != (image_projector is None):
+            raise ValueError("image_encoder and image_projector go together: give both, or neither")
+        self.language_model = language_model
+        self.image_encoder = image_encoder
+        self.image_projector = image_projector
+        self.media_token_ids: dict[Modality, int] = {}
+        self.is_built = False
+
+    def tower(self, modality: Modality) -> tuple[Encoder, Projector]:
+        """The encoder and the projector of a modality.
+
+        Raises:
+            ValueError: The model has none.
+        """
+        towers = {"image": (self.image_encoder, self.image_projector)}
+        encoder, projector = towers.get(modality, (None, None))
+        if encoder is None or projector is None:
+            raise ValueError(
+                f"the batch has {modality} media but the model has no {modality}_encoder: set model.{modality}_encoder"
+            )
+        return encoder, projector
+
+    def parts(self) -> dict[str, Part]:
+        """The parts by name, those that are there."""
+        slots: dict[str, Part | None] = {
+            "language_model": self.language_model,
+            "image_encoder": self.image_encoder,
+            "image_projector": self.image_projector,
+        }
+        return {name: part for name, part in slots.items() if part is not None}
+
+    def build(self, media_token_ids: Mapping[Modality, int]) -> None:
+        """Makes all weights; called once.
+
+        Args:
+            media_token_ids: Id of the placeholder of each modality, as the processor expands it.
+
+        Raises:
+            ValueError: A part cannot be made, or does not fit the next one.
+        """
+        self.media_token_ids = dict(media_token_ids)
+        self.language_model.build()
+        if self.image_encoder is not None and self.image_projector is not None:
+            self.image_encoder.build()
+            self.image_projector.build(self.image_encoder.hidden_size, self.language_model.hidden_size)
+        self.is_built = True
+
+    def spec(self) -> dict[str, Any]:
+        """The model as JSON, without weights."""
+        return {"parts": {name: part.spec() for name, part in self.parts().items()}, "media_token_ids": self.media_token_ids}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> Self:
+        """Makes the unbuilt model that `spec` describes."""
+        kinds: dict[str, type[Part]] = {"language_model": LanguageModel, "image_encoder": Encoder, "image_projector": Projector}
+        parts: dict[str, Any] = {name: kinds[name].from_spec(part) for name, part in spec["parts"].items()}
+        return cls(**parts)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, trust_remote_code: bool = False) -> Self:
+        """Makes the model that a checkpoint holds, weights included, ready to answer.
+
+        Frozen weights are read from where they came from; the checkpoint holds the rest.
+
+        Args:
+            path: The file.
+            trust_remote_code: Allow a model that was trained with this option of its language model to run its code here too.
+
+        Raises:
+            ValueError: There is no such file, it is no checkpoint of ours, or the frozen weights are not those of the training.
+        """
+        checkpoint = read_checkpoint(path)
+        model = cls.from_spec(checkpoint["model"])
+        if model.language_model.trust_remote_code and not trust_remote_code:
+            raise ValueError(
+                f"{path} wants to run code that comes with {model.language_model.name_or_path}: read that code, then give "
+                "trust_remote_code=True"
+            )
+        model.build(checkpoint["model"]["media_token_ids"])
+        load_saved(model, checkpoint["state_dict"], checkpoint["fingerprints"])
+        return model.eval()
+
+    def encode(self, batch: Batch) -> EncodedMedia:
+        """Encodes and projects each unique medium of the batch once; frozen encoders run without autograd."""
+        encoded: EncodedMedia = {}
+        for modality in MODALITIES:
+            if modality not in batch:
+                continue
+            media = batch[modality]
+            encoder, projector = self.tower(modality)
+            needs_grad = media["media"].requires_grad or any(p.requires_grad for p in encoder.parameters())
+            with torch.set_grad_enabled(needs_grad and torch.is_grad_enabled()):
+                features_NLD, mask_NL = encoder(media["media"], media["mask"])
+            encoded[modality] = projector(features_NLD, mask_NL)
+        return encoded
+
+    def embed(self, batch: Batch, encoded: EncodedMedia) -> Tensor:
+        """Embeds the tokens and writes the media into their placeholders: embeddings_BTD.
+
+        Raises:
+            ValueError: A row has another number of placeholders than its media take.
+        """
+        tokens_BT = batch["tokens_BT"]
+        is_media_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+        for token_id in self.media_token_ids.values():
+            is_media_BT |= tokens_BT == token_id
+        embeddings_BTD = self.language_model.embed(tokens_BT.masked_fill(is_media_BT, 0))
+        for modality, token_id in self.media_token_ids.items():
+            placeholder_BT = tokens_BT == token_id
+            if modality not in encoded:
+                _check_no_placeholders(placeholder_BT, modality)
+                continue
+            media = batch[modality]
+            media_NMD, mask_NM = encoded[modality]
+            embeddings_BTD = concatenate(
+                embeddings_BTD,
+                placeholder_BT,
+                media_NMD[media["item_O"]],
+                None if mask_NM is None else mask_NM[media["item_O"]],
+                media["row_O"],
+                media["num_tokens_O"],
+            )
+        return embeddings_BTD
+
+    def forward(self, batch: Batch, encoded: EncodedMedia | None = None) -> Tensor:
+        """Last hidden states of the language model, hidden_BTD; no logits.
+
+        Args:
+            batch: What the data side made.
+            encoded: Its media, where they are encoded already.
+        """
+        embeddings_BTD = self.embed(batch, self.encode(batch) if encoded is None else encoded)
+        return self.language_model(embeddings_BTD, batch["segments_BT"], batch["positions_BT"])
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, options: Generation, eos_ids: Collection[int], pad_id: int) -> list[list[int]]:
+        """Answers the prompts of a left-padded batch, without dropout also in the middle of training.
+
+        Returns:
+            The new tokens of each row, up to and without the end token.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            embeddings_BTD = self.embed(batch, self.encode(batch))
+            tokens_BT = self.language_model.generate(embeddings_BTD, batch["segments_BT"], options, eos_ids, pad_id)
+        finally:
+            self.train(was_training)
+        answers = []
+        for tokens in tokens_BT.tolist():
+            end = next((i for i, token in enumerate(tokens) if token in eos_ids), len(tokens))
+            answers.append(tokens[:end])
+        return answers
+
+
+def shuffle_media(batch: Batch) -> Batch | None:
+    """The batch with other media in each row that has some, or None where no row can have others.
+
+    Among rows with equally many placeholders, each row gets the media of the next one that has others, so that rows which
+    share their media (several questions about one picture) do not get them again. The tokens stay as they are.
+    """
+    shuffled = dict(batch)
+    moved = False
+    for modality in MODALITIES:
+        if modality in batch:
+            item_O = _shuffle_items(batch[modality])
+            moved |= not torch.equal(item_O, batch[modality]["item_O"])
+            shuffled[modality] = {**batch[modality], "item_O": item_O}
+    return shuffled if moved else None  # type: ignore[return-value]
+
+
+def _shuffle_items(media: MediaBatch) -> Tensor:
+    item_O = media["item_O"].clone()
+    different: dict[tuple[int, ...], list[list[int]]] = {}  # by numbers of tokens: the different items of the rows
+    rows = [(media["row_O"] == row).nonzero().flatten() for row in media["row_O"].unique()]
+    for occurrences in rows:
+        items = media["item_O"][occurrences].tolist()
+        group = different.setdefault(tuple(media["num_tokens_O"][occurrences].tolist()), [])
+        if items not in group:
+            group.append(items)
+    for occurrences in rows:
+        group = different[tuple(media["num_tokens_O"][occurrences].tolist())]
+        place = group.index(media["item_O"][occurrences].tolist())
+        item_O[occurrences] = item_O.new_tensor(group[(place + 1) % len(group)])
+    return item_O
+
+
+def _check_no_placeholders(placeholder_BT: Tensor, modality: Modality) -> None:
+    if placeholder_BT.any():
+        row = int(placeholder_BT.any(1).nonzero()[0])
+        raise ValueError(
+            f"row {row} of the batch has {int(placeholder_BT[row].sum())} placeholders for {modality} media, but the batch has "
+            f"no {modality} media to fill them"
+        )

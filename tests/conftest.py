@@ -1,0 +1,254 @@
+"""Tiny random models in folders, pictures, and batches: everything offline, made in milliseconds, the same in every run.
+
+A model is called by its family: `model_folder("gemma2")`. The weights have a large spread, so that what is computed depends on
+each position and no two tokens come near a tie.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from datamodules.batch import IGNORE_INDEX, Batch, Example, MediaItem, Origin
+from datamodules.collate import collate
+
+VOCABULARY = 600
+IMAGE_TOKEN = 601
+"""Behind the embedding table: a placeholder that is embedded as a token raises."""
+MEDIA_TOKEN_IDS = {"image": IMAGE_TOKEN, "video": 602, "audio": 603}
+IMAGE_SIZE = 32
+PATCH_SIZE = 8
+NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
+
+LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.2}
+VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+    "initializer_range": 0.2,
+}
+
+Layout = Sequence[int | str]
+"""A row: a number is so many random text tokens, a name a picture."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before a test module imports transformers or torch's thread pool starts: no hub, no progress bars, one thread."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    torch.set_num_threads(1)
+
+
+def _config(family: str) -> Any:
+    import transformers as hf
+
+    match family:
+        case "llama":
+            return hf.LlamaConfig(**LLAMA)
+        case "qwen2":
+            return hf.Qwen2Config(**LLAMA)
+        case "gemma2":
+            return hf.Gemma2Config(**LLAMA, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=2.0, sliding_window=4)
+        case "granite":
+            return hf.GraniteConfig(**LLAMA, logits_scaling=4.0, embedding_multiplier=3.0)
+        case "cohere":
+            return hf.CohereConfig(**LLAMA, logit_scale=0.25)
+        case "gpt2":
+            return hf.GPT2Config(**GPT2)
+        case "gptj":
+            return hf.GPTJConfig(**GPT2, rotary_dim=4)
+        case "falcon_h1":
+            return hf.FalconH1Config(**LLAMA, lm_head_multiplier=0.5, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8)
+        case "clip":
+            return hf.CLIPVisionConfig(**VISION)
+        case "siglip":
+            return hf.SiglipVisionConfig(**VISION)
+        case "dinov2":
+            return hf.Dinov2Config(**VISION)
+    raise ValueError(f"no tiny model is called {family}")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`model_folder(family)`: a folder with config and random weights, made once; for language models with a ChatML tokenizer."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    from tests.tiny import make_tokenizer
+
+    folders: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in folders:
+            is_vision = family in ("clip", "siglip", "dinov2")
+            with torch.random.fork_rng():
+                torch.manual_seed(len(family) + ord(family[-1]))
+                model = (AutoModel if is_vision else AutoModelForCausalLM).from_config(_config(family))
+            folders[family] = tmp_path_factory.mktemp(family)
+            model.save_pretrained(folders[family])
+            if not is_vision:
+                assert len(make_tokenizer(folders[family], "chatml")) <= VOCABULARY
+        return folders[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(model_folder: Callable[[str], Path]) -> Path:
+    """A Llama of two layers, with a ChatML tokenizer."""
+    return model_folder("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(model_folder: Callable[[str], Path]) -> Path:
+    """A CLIP vision tower of three layers: 16 patches of a picture of 32 × 32 pixels."""
+    return model_folder("clip")
+
+
+@pytest.fixture(scope="session")
+def tiny_siglip(model_folder: Callable[[str], Path]) -> Path:
+    """A SigLIP vision tower of the same size."""
+    return model_folder("siglip")
+
+
+@pytest.fixture(scope="session")
+def tiny_dinov2(model_folder: Callable[[str], Path]) -> Path:
+    """A DINOv2 of the same size."""
+    return model_folder("dinov2")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A generator with a fixed seed."""
+    return torch.Generator().manual_seed(20)
+
+
+@pytest.fixture
+def picture() -> Callable[..., Image.Image]:
+    """`picture(seed, size=(width, height))`: an RGB picture of random pixels."""
+
+    def make(seed: int = 0, size: tuple[int, int] = (40, 36)) -> Image.Image:
+        shape = (size[1], size[0], 3)
+        pixels = torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        return Image.fromarray(pixels.numpy())
+
+    return make
+
+
+@pytest.fixture
+def pictures(picture: Callable[..., Image.Image]) -> list[Image.Image]:
+    """Four random pictures of different sizes."""
+    return [picture(0, (40, 36)), picture(1, (32, 32)), picture(2, (25, 61)), picture(3, (70, 33))]
+
+
+@pytest.fixture
+def make_model(tiny_llm: Path, tiny_clip: Path) -> Callable[..., Any]:
+    """`make_model(llm=None, images=True, seed=3, tune=..., encoder_tune=...)`: a built model, in evaluation mode.
+
+    By default a Llama with LoRA on q_proj and v_proj whose B is not 0, a frozen CLIP of which the last layer but one is taken,
+    and an MLP projector that is trained.
+    """
+    from encoders.image import HFVisionEncoder
+    from encoders.projectors import MLPProjector
+    from encoders.tuning import Tune
+    from models.language import LanguageModel
+    from models.multimodal import MultiModalModel
+
+    frozen, lora, full = Tune(mode="frozen"), Tune(mode="lora"), Tune(mode="full")
+
+    def make(
+        llm: Path | None = None,
+        images: bool = True,
+        seed: int = 3,
+        tune: Tune = lora,
+        encoder_tune: Tune = frozen,
+        projector_tune: Tune = full,
+        pretrained: bool = True,
+    ) -> MultiModalModel:
+        language_model = LanguageModel(str(llm or tiny_llm), pretrained=pretrained, tune=tune)
+        encoder = HFVisionEncoder(str(tiny_clip), pretrained=pretrained, layer=-2, tune=encoder_tune) if images else None
+        projector = MLPProjector(tune=projector_tune) if images else None
+        model = MultiModalModel(language_model, encoder, projector)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model.build(MEDIA_TOKEN_IDS)
+            randomise_adapters(model)
+        return model.eval()
+
+    return make
+
+
+def randomise_adapters(module: torch.nn.Module) -> None:
+    """Draws LoRA's B, which starts at 0, so that adapters count."""
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+
+
+@pytest.fixture
+def make_lit_module(tiny_llm: Path, tiny_clip: Path) -> Callable[..., Any]:
+    """`make_lit_module(**options)`: an unbuilt MultiModalLitModule around the tiny Llama and CLIP; options replace its own."""
+    from encoders.image import HFVisionEncoder
+    from encoders.projectors import MLPProjector
+    from lightning_modules.multimodal import MultiModalLitModule
+    from models.language import LanguageModel
+
+    def make(**options: Any) -> MultiModalLitModule:
+        parts = {
+            "language_model": LanguageModel(str(tiny_llm)),
+            "image_encoder": HFVisionEncoder(str(tiny_clip), layer=-2),
+            "image_projector": MLPProjector(),
+        }
+        return MultiModalLitModule(**(parts | options))
+
+    return make
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., Batch]:
+    """`make_batch([[3, "a", 4], [5]], side="right", seed=0)`: a batch of random tokens and pixels.
+
+    A number stands for so many text tokens, a name for a picture, the same for the same name. A row's last number is supervised.
+    """
+
+    def make(layouts: Sequence[Layout], side: Literal["left", "right"] = "right", seed: int = 0) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        media = {name: _pixels(generator) for name in sorted({x for layout in layouts for x in layout if isinstance(x, str)})}
+        return collate([_example(n, layout, media, generator) for n, layout in enumerate(layouts)], pad_id=0, side=side)
+
+    return make
+
+
+def _pixels(generator: torch.Generator) -> Tensor:
+    return torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+
+
+def _example(number: int, layout: Layout, media: dict[str, Tensor], generator: torch.Generator) -> Example:
+    tokens: list[int] = []
+    for piece in layout:
+        if isinstance(piece, str):
+            tokens += [IMAGE_TOKEN] * NUM_PATCHES
+        else:
+            tokens += torch.randint(3, VOCABULARY, (piece,), generator=generator).tolist()
+    answer = layout[-1] if isinstance(layout[-1], int) else 0
+    labels = [IGNORE_INDEX] * (len(tokens) - answer) + tokens[len(tokens) - answer :]
+    items = [MediaItem(name, media[name], NUM_PATCHES) for name in layout if isinstance(name, str)]
+    return Example(Origin("rows.jsonl", number + 1), str(number), tokens, labels, {"image": items} if items else {})

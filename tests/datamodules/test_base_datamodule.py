@@ -1,0 +1,347 @@
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.trainer.states import RunningStage
+from torch import Tensor
+
+from datamodules.augment import ImageAugment
+from datamodules.base import MultiModalDataModule
+from datamodules.batch import Batch
+from datamodules.image import ImageDataModule
+from datamodules.media import ImageLimits
+from datamodules.processor import Processor
+from tests.datamodules.loader_fakes import ids, make_processor, make_row, same, write_rows
+
+NUM_ROWS = 7  # four batches of two an epoch
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
+    return make_processor(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def make(tmp_path: Path, processor: Processor) -> Callable[..., ImageDataModule]:
+    path = str(write_rows(tmp_path / "rows.jsonl", NUM_ROWS))
+
+    def data(**options: Any) -> ImageDataModule:
+        defaults = {"train_path": path, "batch_size": 2, "num_workers": 0, "seed": 5, "processor": processor}
+        return ImageDataModule(augment=ImageAugment(), **(defaults | options))
+
+    return data
+
+
+class Model(L.LightningModule):
+    """Writes down what it gets; fails at one of its batches."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(1, 1)
+        self.fail_at = fail_at
+        self.trained: list[Batch] = []
+        self.validated: list[list[str]] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if len(self.trained) == self.fail_at:
+            raise RuntimeError("stopped")
+        self.trained.append(batch)
+        return self.linear(torch.ones(1, 1)).sum()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validated += ids([batch])
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[str]:
+        return ids([batch])[0]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches > 0  # as a schedule does: it asks for the loader before a resume
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class SaveOften(Callback):
+    """A checkpoint after each batch, each epoch, and when training fails."""
+
+    def __init__(self) -> None:
+        self.saved: dict[str, int] = {}
+
+    def save(self, trainer: Trainer, module: Any, name: str) -> None:
+        path = Path(trainer.default_root_dir) / f"{name}.ckpt"
+        trainer.save_checkpoint(path)
+        self.saved[str(path)] = len(module.trained)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        self.save(trainer, pl_module, f"batch{len(pl_module.trained)}")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.save(trainer, pl_module, f"epoch{trainer.current_epoch}")
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.save(trainer, pl_module, "exception")
+
+
+def make_trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(
+        default_root_dir=folder, accelerator="cpu", devices=1, callbacks=list(callbacks), **({"max_epochs": 2} | quiet | options)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "data.batch_size is a number of rows, at least 1, got 0"),
+        ({"eval_batch_size": 0}, "data.eval_batch_size is a number of rows, at least 1, got 0"),
+        ({"num_workers": -1}, "data.num_workers is a number of processes, 0 or more"),
+        ({"max_skipped": 1.5}, "data.max_skipped is a share of the rows, in .0, 1., got 1.5"),
+        ({"max_skipped": float("nan")}, "data.max_skipped"),
+        ({"val_fraction": 1.0}, "data.val_fraction is a share of the training rows, in .0, 1., got 1.0"),
+        ({"seed": -1}, "data.seed is a whole number"),
+    ],
+)
+def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        MultiModalDataModule(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "stage", "message"),
+    [
+        ({"train_path": None}, "fit", r"data\.train_path is not set: give the JSONL file of the train rows$"),
+        ({"train_path": "no.jsonl"}, "fit", r"data\.train_path: .*no\.jsonl cannot be read \(No such file"),
+        ({"val_path": "no.jsonl"}, "fit", r"data\.val_path: .*no\.jsonl cannot be read \(No such file"),
+        ({"train_path": "no.jsonl", "val_fraction": 0.5}, "validate", r"data\.train_path: .*no\.jsonl cannot be read"),
+        ({}, "validate", r"data\.val_path is not set: .*, or data\.val_fraction to hold some of the training rows out$"),
+        ({}, "test", r"data\.test_path is not set"),
+        ({}, "predict", r"data\.predict_path is not set"),
+        ({"media_root": "no_such_folder"}, "fit", r"media_root .*/no_such_folder does not exist: give the folder"),
+        ({"prompt_template": "{a"}, "fit", r"prompt_template '\{a' is malformed"),
+        ({"val_fraction": 0.95}, "fit", r"data\.val_fraction = 0\.95 leaves no training row of the 7 in .*data\.val_path$"),
+        ({"processor": None}, "fit", r"the data module has no processor: run it through train\.py"),
+    ],
+)
+def test_what_is_missing_is_named(
+    make: Callable[..., ImageDataModule], options: dict[str, Any], stage: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**options).setup(stage)
+
+
+def test_parts_that_do_not_fit_are_named_before_workers_start(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
+    data = make(processor=make_processor(tmp_path / "tokenizer", num_features=3), num_workers=2)
+    with pytest.raises(ValueError, match="^an even number of features is needed, got 3$"):
+        data.setup("fit")
+
+
+def test_a_bad_first_row_is_left_to_the_loader(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "bad.jsonl", NUM_ROWS, {0: json.dumps(make_row(0, "missing.png"))})
+    data = make(train_path=str(path), max_skipped=0.2)
+    data.setup("fit")
+    assert sorted(sum(ids(list(data.train_dataloader())), [])) == ["1", "2", "3", "4", "5", "6"]
+    assert data.row_counts() == {"rows": 7, "trained": 6, "skipped": 1, "not_reached": 0, "dropped_tokens": 0}
+
+
+@pytest.mark.parametrize(("val_fraction", "num_val"), [(0.01, 1), (0.3, 2), (0.5, 4)])
+def test_a_held_out_share_is_seeded_disjoint_and_complete(
+    make: Callable[..., ImageDataModule], val_fraction: float, num_val: int
+) -> None:
+    def split(seed: int) -> tuple[list[str], list[str]]:
+        data = make(val_fraction=val_fraction, seed=seed)
+        data.setup("fit")
+        return sum(ids(list(data.train_dataloader())), []), sum(ids(list(data.val_dataloader())), [])
+
+    train, val = split(5)
+    assert len(val) == num_val and sorted(train + val) == [str(row) for row in range(NUM_ROWS)]
+    assert split(5) == (train, val)
+    assert len({tuple(split(seed)[1]) for seed in range(8)}) > 1
+    alone = make(val_fraction=val_fraction)
+    alone.setup("validate")
+    assert sum(ids(list(alone.val_dataloader())), []) == val
+
+
+def test_only_training_is_shuffled_and_augmented(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
+    path = str(tmp_path / "rows.jsonl")
+    data = make(val_path=path, test_path=path, predict_path=path, eval_batch_size=3, limits=ImageLimits(max_pixels=64))
+    loaders = {}
+    for stage, make_loader in (
+        ("fit", data.train_dataloader),
+        ("validate", data.val_dataloader),
+        ("test", data.test_dataloader),
+        ("predict", data.predict_dataloader),
+    ):
+        data.setup(stage)
+        loaders[stage] = make_loader()
+    batches = {stage: list(loader) for stage, loader in loaders.items()}
+    in_order = [["0", "1", "2"], ["3", "4", "5"], ["6"]]
+    assert [ids(batches[stage]) for stage in ("validate", "test", "predict")] == [in_order] * 3
+    assert list(map(len, ids(batches["fit"]))) == [2, 2, 2, 1] and ids(batches["fit"]) != [
+        ["0", "1"],
+        ["2", "3"],
+        ["4", "5"],
+        ["6"],
+    ]
+    assert all(same(*pair) for pair in zip(batches["validate"], loaders["validate"], strict=True))
+    assert not any(same(*pair) for pair in zip(batches["fit"], loaders["fit"], strict=True))
+    assert (batches["predict"][0]["labels_BT"] == -100).all() and (batches["test"][0]["labels_BT"] != -100).any()
+    data.limits = ImageLimits(max_pixels=63)
+    assert data.dataset("test").limits.max_pixels == 63
+
+
+def test_validation_is_whole_each_time(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
+    """Also after the sanity check, which leaves its loop early, and several times an epoch."""
+    model, data = Model(), make(val_path=str(tmp_path / "rows.jsonl"), eval_batch_size=3)
+    make_trainer(tmp_path, val_check_interval=0.5).fit(model, datamodule=data)
+    whole = [["0", "1", "2"], ["3", "4", "5"], ["6"]]
+    assert model.validated == whole[:2] + whole * 4
+    assert make(val_path=None).val_dataloader() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "checkpoint"),
+    [
+        ({}, "batch2"),
+        ({}, "batch4"),
+        ({}, "epoch0"),
+        ({}, "batch5"),
+        ({"max_epochs": -1, "max_steps": 10}, "epoch0"),
+        ({"max_epochs": -1, "max_steps": 10}, "batch6"),
+        ({"limit_train_batches": 3}, "epoch0"),
+        ({"accumulate_grad_batches": 2}, "batch6"),
+        ({"num_workers": 2}, "batch5"),
+    ],
+)
+def test_a_run_goes_on_with_the_batches_it_would_have_had(
+    make: Callable[..., ImageDataModule], tmp_path: Path, options: dict[str, Any], checkpoint: str
+) -> None:
+    num_workers = options.pop("num_workers", 0)
+    whole, save, resumed = Model(), SaveOften(), Model()
+    make_trainer(tmp_path, save, **options).fit(whole, datamodule=make(num_workers=num_workers))
+    path = str(tmp_path / f"{checkpoint}.ckpt")
+    data = make(num_workers=num_workers)
+    make_trainer(tmp_path, **options).fit(resumed, datamodule=data, ckpt_path=path)
+    rest = whole.trained[save.saved[path] :]
+    assert len(rest) > 1 and len(resumed.trained) == len(rest)
+    assert all(same(*pair) for pair in zip(resumed.trained, rest, strict=True))
+    counts = data.row_counts()
+    assert counts["trained"] + counts["not_reached"] == counts["rows"] == NUM_ROWS
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("fail_at", [0, 3, 5])
+def test_the_batch_that_was_not_finished_comes_again(make: Callable[..., ImageDataModule], tmp_path: Path, fail_at: int) -> None:
+    whole, failing, resumed = Model(), Model(fail_at), Model()
+    make_trainer(tmp_path).fit(whole, datamodule=make())
+    with pytest.raises(RuntimeError, match="stopped"):
+        make_trainer(tmp_path, SaveOften()).fit(failing, datamodule=make())
+    data = make()
+    make_trainer(tmp_path).fit(resumed, datamodule=data, ckpt_path=tmp_path / "exception.ckpt")
+    assert all(same(*pair) for pair in zip(failing.trained + resumed.trained, whole.trained, strict=True))
+    assert data.row_counts()["trained"] == NUM_ROWS
+
+
+def test_a_second_fit_begins_anew(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
+    data, models = make(), [Model(), Model()]
+    for model in models:
+        make_trainer(tmp_path, max_epochs=1).fit(model, datamodule=data)
+    assert all(same(*pair) for pair in zip(*(model.trained for model in models), strict=True))
+
+
+def test_a_checkpoint_of_other_data_can_be_tested_but_not_resumed(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
+    save = SaveOften()
+    make_trainer(tmp_path, save).fit(Model(), datamodule=make())
+    other = str(write_rows(tmp_path / "other.jsonl", 5))
+    data, path = make(train_path=other, val_path=other), next(iter(save.saved))
+    make_trainer(tmp_path).validate(model := Model(), datamodule=data, ckpt_path=path, verbose=False)
+    assert len(model.validated) == 3
+    with pytest.raises(ValueError, match=r"training rows 7 \(now 5\)"):
+        make_trainer(tmp_path).fit(Model(), datamodule=data, ckpt_path=path)
+
+
+def test_prediction_gives_every_row_once(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
+    """Lightning makes the loader of a prediction anew, if it is a DataLoader."""
+    data = make(predict_path=str(tmp_path / "rows.jsonl"), eval_batch_size=3)
+    assert make_trainer(tmp_path).predict(Model(), datamodule=data) == [["0", "1", "2"], ["3", "4", "5"], ["6"]]
+
+
+def test_skipped_rows_are_named_in_the_run_folder(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "bad.jsonl", NUM_ROWS, {3: "{"})
+    data = make(train_path=str(path), val_path=str(path), max_skipped=0.2)
+    make_trainer(tmp_path / "run").fit(Model(), datamodule=data)
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert (row["file"], row["line"]) == (str(path), 4) and row["reason"].startswith("not JSON")
+    assert data.row_counts() == {"rows": 7, "trained": 6, "skipped": 1, "not_reached": 0, "dropped_tokens": 0}
+
+
+def test_too_many_skipped_rows_end_a_fit_with_one_paragraph(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
+    data = make(train_path=str(write_rows(tmp_path / "bad.jsonl", NUM_ROWS, {3: "{", 4: "}"})), num_workers=1)
+    with pytest.raises(ValueError, match=r"^2 of the 7 rows of .*more than data\.max_skipped = 0\.01 allows\. [^\n]*$"):
+        make_trainer(tmp_path).fit(Model(), datamodule=data)
+
+
+def test_overfitting_repeats_the_first_batch(
+    make: Callable[..., ImageDataModule], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Model()
+    make_trainer(tmp_path, overfit_batches=1, max_epochs=3).fit(model, datamodule=make())
+    assert ids(model.trained) == [["0", "1"]] * 3
+    assert "data.shuffle is off" in caplog.text
+
+
+@pytest.mark.parametrize("mode", [RunningStage.TRAINING, RunningStage.VALIDATING, RunningStage.PREDICTING])
+def test_lightning_keeps_its_own_samplers_out(make: Callable[..., ImageDataModule], tmp_path: Path, mode: RunningStage) -> None:
+    """With `use_distributed_sampler`, its default, it puts one into every DataLoader of a run on several processes."""
+    trainer = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False
+    )
+    data = make()
+    data.setup("fit")
+    loader = data.train_dataloader()
+    assert trainer._accelerator_connector.is_distributed and trainer._accelerator_connector.use_distributed_sampler
+    assert trainer._data_connector._prepare_dataloader(loader, shuffle=True, mode=mode) is loader
+
+
+def test_each_rank_takes_its_share(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
+    class OneOf(Trainer):
+        rank = 0
+
+        @property
+        def distributed_sampler_kwargs(self) -> dict[str, Any]:
+            return {"num_replicas": 3, "rank": self.rank}
+
+    rows = []
+    for rank in range(3):
+        data = make()
+        data.trainer = OneOf(default_root_dir=tmp_path, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        data.trainer.rank = rank
+        data.setup("fit")
+        rows.append(sum(ids(list(data.train_dataloader())), []))
+        assert data.num_train_batches() == 2
+    assert sorted(sum(rows, [])) == [str(row) for row in range(NUM_ROWS)] and list(map(len, rows)) == [3, 2, 2]
+
+
+def test_hand_made_batches_are_padded_as_asked(make: Callable[..., ImageDataModule]) -> None:
+    data = make()
+    data.setup("fit")
+    short, long = data.train_dataset[0], data.train_dataset[1]
+    long.tokens, long.labels, long.choices = [*long.tokens, 5], [*long.labels, 5], None
+    trained, asked = data.collate([short, long]), data.collate([short, long], generate=True)
+    assert trained["segments_BT"][0].tolist() == [1] * len(short.tokens) + [0]
+    assert asked["segments_BT"][0].tolist() == [0] + [1] * len(short.tokens)
+    assert trained["tokens_BT"][0, -1] == asked["tokens_BT"][0, 0] == data.processor.pad_id
+
+
+def test_media_lie_beside_the_file_unless_told(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
+    elsewhere = tmp_path / "rows"
+    elsewhere.mkdir()
+    os.replace(tmp_path / "rows.jsonl", elsewhere / "rows.jsonl")
+    data = make(train_path=str(elsewhere / "rows.jsonl"), media_root=str(tmp_path))
+    data.setup("fit")
+    assert data.train_dataset[2].id == "2"
+    assert make(train_path=str(elsewhere / "rows.jsonl")).dataset("train").media_root.path == elsewhere.resolve()

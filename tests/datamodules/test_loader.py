@@ -1,0 +1,326 @@
+import json
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from datamodules.augment import ImageAugment
+from datamodules.loader import Progress, RowLoader, StatefulLoader
+from datamodules.processor import Processor, PromptOptions
+from datamodules.skipped import SkippedRows
+from tests.datamodules.loader_fakes import RecordingDataset, epochs, ids, make_loader, make_processor, make_row, same, write_rows
+
+NUM_ROWS = 7  # four batches of two an epoch, the last one smaller
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
+    return make_processor(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, processor: Processor) -> Callable[..., RecordingDataset]:
+    """Makes datasets that keep a record of their own of what is asked for."""
+    made: list[RecordingDataset] = []
+
+    def make(lines: dict[int, str] | None = None, processor: Processor = processor, **options: Any) -> RecordingDataset:
+        path = write_rows(tmp_path / "rows.jsonl", NUM_ROWS, lines)
+        dataset = RecordingDataset(str(path), str(tmp_path), processor, augment=ImageAugment(), seed=3, **options)
+        dataset.record = tmp_path / f"requests{len(made)}.txt"
+        made.append(dataset)
+        return dataset
+
+    return make
+
+
+def bad_lines(folder: Path) -> dict[int, str]:
+    """A bad picture, malformed JSON, a row that is too long, and a missing file."""
+    (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n and no picture")
+    return {
+        0: json.dumps(make_row(0, "bad.png")),
+        2: '{"messages": [}',
+        3: json.dumps(make_row(3, "3.png", answer="very " * 900)),
+        5: json.dumps(make_row(5, "missing.png")),
+    }
+
+
+def take(loader: StatefulLoader, number: int) -> list[Any]:
+    """The next batches, across the ends of epochs."""
+    batches: list[Any] = []
+    while len(batches) < number:
+        for batch in loader:
+            batches.append(batch)
+            if len(batches) == number:
+                break
+    return batches
+
+
+def test_each_loop_is_the_next_epoch(dataset: Callable[..., RecordingDataset]) -> None:
+    loader = make_loader(dataset())
+    orders = [sum(ids(list(loader)), []) for _ in range(3)]
+    assert all(sorted(order) == [str(row) for row in range(NUM_ROWS)] for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert [epoch for epoch, _ in loader.dataset.requests()] == [0] * 7 + [1] * 7 + [2] * 7
+    later = make_loader(dataset())
+    later.rows.set_epoch(2)
+    assert sum(ids(list(later)), []) == orders[2]
+
+
+def test_a_loop_that_was_left_early_is_over(dataset: Callable[..., RecordingDataset]) -> None:
+    loader, whole = make_loader(dataset()), make_loader(dataset())
+    first, second = list(whole), list(whole)
+    assert same(next(iter(loader)), first[0])
+    assert all(same(*pair) for pair in zip(loader, second, strict=True))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("taken", [0, 1, 3, 4, 5, 8])
+def test_a_new_loader_goes_on_where_the_old_one_stopped(
+    dataset: Callable[..., RecordingDataset], taken: int, num_workers: int
+) -> None:
+    whole = epochs(make_loader(dataset()), 4)
+    loader = make_loader(dataset(), num_workers=num_workers)
+    got = take(loader, taken)
+    for _ in range(2):
+        state = json.loads(json.dumps(loader.state_dict()))
+        loader = make_loader(dataset(), num_workers=num_workers)
+        loader.load_state_dict(state)
+        got += take(loader, 3)
+    assert len(got) == taken + 6 and all(same(*pair) for pair in zip(got, whole, strict=False))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_epoch_reads_only_its_rest(dataset: Callable[..., RecordingDataset], num_workers: int) -> None:
+    loader = make_loader(dataset(), num_workers=num_workers)
+    read = sum(ids(take(loader, 2)), [])
+    resumed = make_loader(rest := dataset(), num_workers=num_workers)
+    resumed.load_state_dict(loader.state_dict())
+    assert len(list(resumed)) == 2
+    assert sorted([*read, *(str(row) for _, row in rest.requests())]) == [str(row) for row in range(NUM_ROWS)]
+    assert {epoch for epoch, _ in rest.requests()} == {0}
+
+
+def test_workers_ahead_of_the_loop_do_not_count(dataset: Callable[..., RecordingDataset]) -> None:
+    loader = make_loader(dataset(), num_workers=2)
+    batches = iter(loader)
+    next(batches)
+    assert (loader.state_dict()["epoch"], loader.state_dict()["batch"]) == (0, 1)
+    assert loader.row_counts() == {"rows": 7, "trained": 2, "skipped": 0, "not_reached": 5, "dropped_tokens": 0}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_global_generator_is_neither_read_nor_advanced(dataset: Callable[..., RecordingDataset], num_workers: int) -> None:
+    loader = make_loader(dataset(), num_workers=num_workers)
+    before = torch.get_rng_state()
+    first = list(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    again = make_loader(dataset(), num_workers=num_workers)
+    assert all(same(*pair) for pair in zip(again, first, strict=True))
+
+
+def test_workers_stay_until_they_are_stopped(dataset: Callable[..., RecordingDataset]) -> None:
+    def workers() -> set[int | None]:
+        return {process.pid for process in multiprocessing.active_children()} - others
+
+    others: set[int | None] = set()
+    others = workers()
+    loader = make_loader(dataset(), num_workers=2)
+    seen = []
+    for _ in range(2):
+        list(loader)
+        seen.append(workers())
+    assert len(seen[0]) == 2 and seen[0] == seen[1]
+    loader.stop_workers()
+    assert workers() == set()
+    assert len(list(loader)) == 4 and len(workers()) == 2
+    loader.stop_workers()
+
+
+def test_ranks_share_the_rows(dataset: Callable[..., RecordingDataset]) -> None:
+    one = ids(list(make_loader(dataset(), batch_size=3)))
+    ranks = [make_loader(dataset(), batch_size=1, rank=rank, world_size=3) for rank in range(3)]
+    parts = [ids(list(loader)) for loader in ranks]
+    assert [sorted(sum(batches, [])) for batches in zip(*parts, strict=True)] == [sorted(batch) for batch in one]
+    assert [loader.row_counts()["trained"] for loader in ranks] == [3, 2, 2]
+    assert [loader.row_counts()["not_reached"] for loader in ranks] == [0, 0, 0]
+
+
+def test_a_trainer_says_which_epoch_it_is_and_what_it_finished(dataset: Callable[..., RecordingDataset]) -> None:
+    whole = epochs(make_loader(dataset()), 3)
+    epoch, done = 2, 30
+    loader = make_loader(dataset(), progress=lambda: Progress(epoch, done))
+    batches = iter(loader)
+    assert same(next(batches), whole[8])
+    assert loader.state_dict()["batch"] == 0  # the trainer has the batch, and has not finished it
+    done += 1
+    assert loader.state_dict()["batch"] == 1
+    next(batches)
+    state = loader.state_dict()
+    resumed = make_loader(dataset(), progress=lambda: Progress(epoch, done))
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    assert all(same(*pair) for pair in zip(resumed, whole[9:], strict=True))
+    assert resumed.row_counts()["trained"] == NUM_ROWS
+
+
+def test_a_trainer_may_be_an_epoch_further(dataset: Callable[..., RecordingDataset]) -> None:
+    """As after `limit_train_batches`: an epoch ends in its middle, for the trainer."""
+    whole = epochs(make_loader(dataset()), 2)
+    loader = make_loader(dataset())
+    take(loader, 2)
+    resumed = make_loader(dataset(), progress=lambda: Progress(1, 2))
+    resumed.load_state_dict(loader.state_dict())
+    assert all(same(*pair) for pair in zip(resumed, whole[4:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({"seed": 4}, r"seed 3 \(now 4\)"),
+        ({"batch_size": 3}, r"batch_size x processes 2 \(now 3\)"),
+        ({"world_size": 2}, r"batch_size x processes 2 \(now 4\)"),
+        ({"shuffle": False}, r"shuffle True \(now False\)"),
+    ],
+)
+def test_a_place_in_another_order_is_refused(
+    dataset: Callable[..., RecordingDataset], options: dict[str, Any], change: str
+) -> None:
+    state = make_loader(dataset()).state_dict()
+    with pytest.raises(ValueError, match=f"{change}: a run is resumed with the data and options that it had.*model.init_from"):
+        make_loader(dataset(), **options).load_state_dict(state)
+
+
+def test_a_place_in_other_data_is_refused(dataset: Callable[..., RecordingDataset]) -> None:
+    state = make_loader(dataset()).state_dict()
+    with pytest.raises(ValueError, match=r"training rows 7 \(now 3\)"):
+        make_loader(dataset(rows=[0, 4, 5])).load_state_dict(state)
+
+
+def test_one_batch_on_one_process_is_two_halves_on_two(dataset: Callable[..., RecordingDataset]) -> None:
+    whole = make_loader(dataset(), batch_size=2)
+    state = (take(whole, 2), whole.state_dict())[1]
+    parts = []
+    for rank in range(2):
+        part = make_loader(dataset(), batch_size=1, rank=rank, world_size=2)
+        part.load_state_dict(state)
+        parts.append(sum(ids(list(part)), []))
+    fresh = make_loader(dataset(), batch_size=2)
+    assert sorted(sum(parts, [])) == sorted(sum(ids(list(fresh)[2:]), []))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_row_is_trained_or_named(
+    dataset: Callable[..., RecordingDataset], tmp_path: Path, num_workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader = make_loader(dataset(bad_lines(tmp_path)), folder=tmp_path, num_workers=num_workers)
+    for _ in range(3):
+        trained = sum(ids(list(loader)), [])
+        assert sorted(trained) == ["1", "4", "6"]
+        assert loader.row_counts() == {"rows": 7, "trained": 3, "skipped": 4, "not_reached": 0, "dropped_tokens": 0}
+    named = {row["line"]: row for row in map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())}
+    reasons = {1: "bad.png", 3: "not JSON", 4: "above prompt.max_length = 2,048", 6: "missing.png does not exist"}
+    assert sorted(named) == sorted(reasons)
+    assert all(reason in named[line]["reason"] for line, reason in reasons.items())
+    assert {row["file"] for row in named.values()} == {str(tmp_path / "rows.jsonl")}
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 4
+    counted = [int(record.getMessage().split()[1]) for record in caplog.records if record.getMessage().startswith("skipped")]
+    assert sum(counted) == 4
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3, 4, 6])
+def test_the_account_goes_on_after_a_resume(dataset: Callable[..., RecordingDataset], tmp_path: Path, taken: int) -> None:
+    loader = make_loader(dataset(bad_lines(tmp_path)), folder=tmp_path)
+    take(loader, taken)
+    counts = loader.row_counts()
+    assert counts["trained"] + counts["skipped"] + counts["not_reached"] == counts["rows"] == NUM_ROWS
+    resumed = make_loader(dataset(bad_lines(tmp_path)), folder=tmp_path)
+    resumed.load_state_dict(loader.state_dict())
+    list(resumed)
+    assert resumed.row_counts() == {"rows": 7, "trained": 3, "skipped": 4, "not_reached": 0, "dropped_tokens": 0}
+    list(resumed)
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_bad_row_leaves_a_gap_in_its_batch(dataset: Callable[..., RecordingDataset], tmp_path: Path) -> None:
+    good = epochs(make_loader(dataset()), 2)
+    gaps = epochs(make_loader(dataset(bad_lines(tmp_path))), 2)
+    bad = {"0", "2", "3", "5"}
+    assert ids(gaps) == [[row for row in batch if row not in bad] for batch in ids(good)]
+    pictures = {(number // 4, example["id"]): row for number, batch in enumerate(good) for example, row in rows(batch)}
+    for number, batch in enumerate(gaps):
+        for example, (tokens, labels, picture) in rows(batch):
+            expected = pictures[number // 4, example["id"]]
+            assert (tokens, labels) == expected[:2] and torch.equal(picture, expected[2])
+
+
+def rows(batch: Any) -> list[tuple[dict[str, Any], tuple[list[int], list[int], torch.Tensor]]]:
+    """Each example with its tokens, labels and picture, without padding."""
+    if not batch["examples"]:
+        return []
+    real = batch["segments_BT"] > 0
+    pictures = batch["image"]["media"][batch["image"]["item_O"]]
+    return [
+        (example, (batch["tokens_BT"][row][real[row]].tolist(), batch["labels_BT"][row][real[row]].tolist(), pictures[row]))
+        for row, example in enumerate(batch["examples"])
+    ]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_too_many_bad_rows_stop_the_run(dataset: Callable[..., RecordingDataset], tmp_path: Path, num_workers: int) -> None:
+    bad = bad_lines(tmp_path)
+    loader = make_loader(dataset(bad), folder=tmp_path, max_skipped=0.5, num_workers=num_workers)
+    with pytest.raises(ValueError, match=r"4 of the 7 rows of .*rows\.jsonl could not be used.*or raise data\.max_skipped$"):
+        list(loader)
+    enough = make_loader(dataset(bad), folder=tmp_path, max_skipped=4 / 7)
+    assert len(epochs(enough, 3)) == 12
+
+
+def test_the_batch_that_stops_the_run_is_not_lost(dataset: Callable[..., RecordingDataset], tmp_path: Path) -> None:
+    loader = make_loader(dataset(bad_lines(tmp_path)), max_skipped=0.1, progress=lambda: Progress(0, len(finished)))
+    finished: list[Any] = []
+    with pytest.raises(ValueError, match="data.max_skipped"):
+        finished.extend(loader)
+    mended = make_loader(dataset())
+    mended.load_state_dict(loader.state_dict())
+    rest = list(mended)
+    assert mended.row_counts()["trained"] == NUM_ROWS and sum(map(len, ids(rest))) == NUM_ROWS - 2 * len(finished)
+
+
+def test_cut_tokens_are_counted(
+    dataset: Callable[..., RecordingDataset], processor: Processor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(processor.name_or_path)
+    whole = [len(row.tokens) for row in (dataset()[number] for number in range(NUM_ROWS))]
+    limit = max(whole) - 3
+    cutting = make_processor(folder, PromptOptions(max_length=limit, on_too_long="cut"))
+    dropped = sum(max(0, length - limit) for length in whole)
+    loader = make_loader(dataset(processor=cutting))
+    batches = epochs(loader, 2)
+    assert loader.row_counts()["dropped_tokens"] == dropped == sum(batch["num_dropped_tokens"] for batch in batches[:4]) > 0
+    messages = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
+    assert 1 <= len(messages) <= 4 and int(messages[-1].split()[0]) * 2 > dropped
+    resumed = make_loader(dataset(processor=cutting))
+    resumed.load_state_dict({**loader.state_dict(), "batch": 2, "counts": {"dropped_tokens": 100}})
+    list(resumed)
+    rest = sum(batch["num_dropped_tokens"] for batch in batches[6:])
+    assert resumed.row_counts()["dropped_tokens"] == 100 + rest
+
+
+def test_a_batch_whose_rows_are_all_bad_is_empty(dataset: Callable[..., RecordingDataset], tmp_path: Path) -> None:
+    loader = make_loader(dataset(bad_lines(tmp_path)), batch_size=1)
+    batches = list(loader)
+    assert sorted(map(len, ids(batches))) == [0, 0, 0, 0, 1, 1, 1]
+    assert all(len(batch["skipped"]) + len(batch["examples"]) == 1 for batch in batches)
+
+
+def test_an_evaluation_begins_at_its_first_row(dataset: Callable[..., RecordingDataset]) -> None:
+    skipped = SkippedRows(None, "rows.jsonl", NUM_ROWS, 1.0)
+    loader = RowLoader(dataset(), 2, skipped)
+    assert ids([next(iter(loader))]) == [["0", "1"]]
+    assert ids(list(loader)) == ids(list(loader)) == [["0", "1"], ["2", "3"], ["4", "5"], ["6"]]
+    assert not isinstance(loader, (StatefulLoader, DataLoader))

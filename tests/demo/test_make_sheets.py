@@ -1,0 +1,40 @@
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from demo.data import CLASSES, COLUMNS, TILES, cut
+from demo.make_sheets import make_sheets, read_idx
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes(), 1))
+
+
+def test_read_idx_gives_what_was_written_and_refuses_other_files(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (3, 4, 5), dtype=np.uint8)
+    write_idx(tmp_path / "a.gz", array)
+    assert np.array_equal(read_idx(tmp_path / "a.gz"), array)
+    (tmp_path / "b.gz").write_bytes(gzip.compress(b"\0\0\x0d\x01\0\0\0\0"))
+    with pytest.raises(ValueError, match="no IDX file of unsigned bytes"):
+        read_idx(tmp_path / "b.gz")
+
+
+def test_every_tile_is_a_different_picture_of_its_class(tmp_path):
+    random = np.random.default_rng(0)
+    expected = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        labels = random.permutation(np.repeat(np.arange(10, dtype=np.uint8), TILES[split] + 20))
+        images = random.integers(0, 256, (len(labels), 28, 28), dtype=np.uint8)
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", images)
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", labels)
+        expected[split] = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
+    make_sheets(tmp_path, tmp_path / "sheets")
+    for split, label_of in expected.items():
+        for label, name in enumerate(CLASSES):
+            tiles = cut(tmp_path / "sheets" / f"{split}_{name}.png", COLUMNS[split], TILES[split])
+            assert len({tile.tobytes() for tile in tiles}) == TILES[split]
+            assert {label_of[tile.tobytes()] for tile in tiles} == {label}

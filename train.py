@@ -1,0 +1,43 @@
+"""Trains, validates, tests and predicts: `python train.py fit --config configs/sft/tiny.yaml`."""
+
+import os
+import sys
+
+# a tokenizer's threads do not survive the fork of loader workers; each worker tokenises for itself
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# imported so that a YAML can name their classes without a path
+import datamodules.image  # noqa: F401
+import encoders.image
+import encoders.projectors  # noqa: F401
+import models.language  # noqa: F401
+from datamodules.base import MultiModalDataModule
+from lightning_modules.callbacks import FirstStepCheck, PartTable, PredictionWriter, RunSummary, Throughput
+from lightning_modules.cli import OmniLitCLI, show_user_errors
+from lightning_modules.multimodal import MultiModalLitModule
+from lightning_modules.run_folder import RunFolder
+
+
+def main(args: list[str] | None = None) -> OmniLitCLI:
+    """Runs the command line.
+
+    Args:
+        args: The arguments; None: those of the process.
+    """
+    callbacks = [PartTable(), FirstStepCheck(), Throughput(), RunSummary(), PredictionWriter()]
+    return OmniLitCLI(
+        MultiModalLitModule,
+        MultiModalDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=42,
+        save_config_callback=RunFolder,
+        trainer_defaults={"callbacks": callbacks, "use_distributed_sampler": False, "enable_model_summary": False},
+        args=args,
+    )
+
+
+if __name__ == "__main__":
+    sys.excepthook = show_user_errors(sys.excepthook)
+    main()
