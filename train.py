@@ -13,7 +13,7 @@ import encoders.projectors  # noqa: F401
 import models.language  # noqa: F401
 from datamodules.base import MultiModalDataModule
 from lightning_modules.callbacks import FirstStepCheck, PartTable, PredictionWriter, RunSummary, Throughput
-from lightning_modules.cli import OmniLitCLI, show_user_errors
+from lightning_modules.cli import OmniLitCLI, quiet_lightning, show_user_errors
 from lightning_modules.multimodal import MultiModalLitModule
 from lightning_modules.run_folder import RunFolder
 
@@ -39,5 +39,6 @@ def main(args: list[str] | None = None) -> OmniLitCLI:
 
 
 if __name__ == "__main__":
+    quiet_lightning()
     sys.excepthook = show_user_errors(sys.excepthook)
     main()

@@ -40,11 +40,12 @@ class Part(nn.Module):
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         part = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(part, *args, **kwargs)
-        options = dict(list(bound.arguments.items())[1:])
-        options |= options.pop("kwargs", {})
-        if "args" in options:
-            raise TypeError(f"{cls.__name__} takes its options by keyword, got {len(options['args'])} without a name")
-        part.__dict__["options"] = options
+        given = dict(list(bound.arguments.items())[1:])
+        given |= given.pop("kwargs", {})
+        if "args" in given:
+            raise TypeError(f"{cls.__name__} takes its options by keyword, got {len(given['args'])} without a name")
+        # defaults are remembered too: a checkpoint must not change when a default does
+        part.__dict__["options"] = _defaults(cls) | given
         return part
 
     def __init__(self, tune: Tune) -> None:
@@ -151,6 +152,21 @@ class Projector(Part):
     @abstractmethod
     def forward(self, features_BND: Tensor, mask_BN: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Projects features; returns embeddings_BMD and mask_BM (None: all real)."""
+
+
+def _defaults(cls: type[Part]) -> dict[str, Any]:
+    """Defaults of the constructor's options, those that it hands on to its parents included."""
+    defaults: dict[str, Any] = {}
+    for parent in cls.__mro__:
+        if "__init__" not in vars(parent):
+            continue
+        parameters = inspect.signature(parent.__init__).parameters.values()
+        for parameter in parameters:
+            if parameter.default is not inspect.Parameter.empty:
+                defaults.setdefault(parameter.name, parameter.default)
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return defaults
 
 
 def _to_json(value: Any) -> Any:

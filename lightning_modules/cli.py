@@ -3,11 +3,13 @@
 import dataclasses
 import difflib
 import inspect
+import logging
 import os
 import pydoc
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -135,6 +137,15 @@ def _signature_names() -> Iterator[str]:
             for kind in (parameter.annotation, *get_args(parameter.annotation)):
                 if dataclasses.is_dataclass(kind):
                     pending.append(kind)
+
+
+def quiet_lightning() -> None:
+    """Leaves out what Lightning says for its own sake: advertisements, and a warning about our frozen parts."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip: For seamless" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # what is frozen stays in eval mode
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # of its own code
 
 
 def show_user_errors(hook: Callable[..., None]) -> Callable[..., None]:

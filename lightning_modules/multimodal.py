@@ -56,17 +56,15 @@ class MultiModalLitModule(L.LightningModule):
         init_from: str | None = None,
     ) -> None:
         super().__init__()
-        if (image_encoder is None) != (image_projector is None):
-            raise ValueError("model.image_encoder and model.image_projector go together: set both, or neither")
         if not 0 <= warmup_ratio < 1:
             raise ValueError(f"model.warmup_ratio is a share of the steps, in [0, 1), got {warmup_ratio}")
+        self.model = MultiModalModel(language_model, image_encoder, image_projector)
         self.processor = Processor(
             language_model.name_or_path,
             prompt,
             encoders={} if image_encoder is None else {"image": image_encoder},
             projectors={} if image_projector is None else {"image": image_projector},
         )
-        self.model = MultiModalModel(language_model, image_encoder, image_projector)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.warmup_ratio = warmup_ratio
@@ -75,6 +73,8 @@ class MultiModalLitModule(L.LightningModule):
         self.strict_loading = False  # load_state_dict below is stricter: exactly what a checkpoint must hold
         self._warm_started: set[str] = set()
         self._rng_state: dict[str, Any] | None = None
+        self._fingerprints: dict[str, str] = {}
+        self._fingerprinted: set[str] | None = None
 
     def configure_model(self) -> None:
         """Makes the weights, once, on the device and in the shards that the strategy wants."""
@@ -179,7 +179,9 @@ class MultiModalLitModule(L.LightningModule):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[f"model.{name}"] for name in sorted(names)}
         checkpoint["model"] = self.model.spec()
-        checkpoint["fingerprints"] = fingerprints(self.model, names)
+        if self._fingerprinted != names:  # frozen weights do not change: once a run will do
+            self._fingerprints, self._fingerprinted = fingerprints(self.model, names), names
+        checkpoint["fingerprints"] = self._fingerprints
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         checkpoint["rng"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
 

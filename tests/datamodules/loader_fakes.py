@@ -124,6 +124,17 @@ def epochs(loader: RowLoader, number: int) -> list[Batch]:
     return [batch for _ in range(number) for batch in loader]
 
 
+def take(loader: StatefulLoader, number: int) -> list[Batch]:
+    """The next batches, across the ends of epochs."""
+    batches: list[Batch] = []
+    while len(batches) < number:
+        for batch in loader:
+            batches.append(batch)
+            if len(batches) == number:
+                break
+    return batches
+
+
 def same(left: Batch, right: Batch) -> bool:
     """Whether two batches are equal, bit for bit."""
     return _plain(left) == _plain(right)

@@ -1,23 +1,19 @@
 import json
-import multiprocessing
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
-import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage
-from torch import Tensor
 
 from datamodules.augment import ImageAugment
 from datamodules.base import MultiModalDataModule
-from datamodules.batch import Batch
 from datamodules.image import ImageDataModule
+from datamodules.loader import StatefulLoader
 from datamodules.media import ImageLimits
 from datamodules.processor import Processor
+from tests.datamodules.lightning_fakes import Model, make_trainer
 from tests.datamodules.loader_fakes import ids, make_processor, make_row, same, write_rows
 
 NUM_ROWS = 7  # four batches of two an epoch
@@ -37,61 +33,6 @@ def make(tmp_path: Path, processor: Processor) -> Callable[..., ImageDataModule]
         return ImageDataModule(augment=ImageAugment(), **(defaults | options))
 
     return data
-
-
-class Model(L.LightningModule):
-    """Writes down what it gets; fails at one of its batches."""
-
-    def __init__(self, fail_at: int | None = None) -> None:
-        super().__init__()
-        self.linear = torch.nn.Linear(1, 1)
-        self.fail_at = fail_at
-        self.trained: list[Batch] = []
-        self.validated: list[list[str]] = []
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if len(self.trained) == self.fail_at:
-            raise RuntimeError("stopped")
-        self.trained.append(batch)
-        return self.linear(torch.ones(1, 1)).sum()
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.validated += ids([batch])
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[str]:
-        return ids([batch])[0]
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        assert self.trainer.estimated_stepping_batches > 0  # as a schedule does: it asks for the loader before a resume
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class SaveOften(Callback):
-    """A checkpoint after each batch, each epoch, and when training fails."""
-
-    def __init__(self) -> None:
-        self.saved: dict[str, int] = {}
-
-    def save(self, trainer: Trainer, module: Any, name: str) -> None:
-        path = Path(trainer.default_root_dir) / f"{name}.ckpt"
-        trainer.save_checkpoint(path)
-        self.saved[str(path)] = len(module.trained)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        self.save(trainer, pl_module, f"batch{len(pl_module.trained)}")
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.save(trainer, pl_module, f"epoch{trainer.current_epoch}")
-
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        self.save(trainer, pl_module, "exception")
-
-
-def make_trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(
-        default_root_dir=folder, accelerator="cpu", devices=1, callbacks=list(callbacks), **({"max_epochs": 2} | quiet | options)
-    )
 
 
 @pytest.mark.parametrize(
@@ -201,67 +142,7 @@ def test_validation_is_whole_each_time(make: Callable[..., ImageDataModule], tmp
     whole = [["0", "1", "2"], ["3", "4", "5"], ["6"]]
     assert model.validated == whole[:2] + whole * 4
     assert make(val_path=None).val_dataloader() == []
-
-
-@pytest.mark.parametrize(
-    ("options", "checkpoint"),
-    [
-        ({}, "batch2"),
-        ({}, "batch4"),
-        ({}, "epoch0"),
-        ({}, "batch5"),
-        ({"max_epochs": -1, "max_steps": 10}, "epoch0"),
-        ({"max_epochs": -1, "max_steps": 10}, "batch6"),
-        ({"limit_train_batches": 3}, "epoch0"),
-        ({"accumulate_grad_batches": 2}, "batch6"),
-        ({"num_workers": 2}, "batch5"),
-    ],
-)
-def test_a_run_goes_on_with_the_batches_it_would_have_had(
-    make: Callable[..., ImageDataModule], tmp_path: Path, options: dict[str, Any], checkpoint: str
-) -> None:
-    num_workers = options.pop("num_workers", 0)
-    whole, save, resumed = Model(), SaveOften(), Model()
-    make_trainer(tmp_path, save, **options).fit(whole, datamodule=make(num_workers=num_workers))
-    path = str(tmp_path / f"{checkpoint}.ckpt")
-    data = make(num_workers=num_workers)
-    make_trainer(tmp_path, **options).fit(resumed, datamodule=data, ckpt_path=path)
-    rest = whole.trained[save.saved[path] :]
-    assert len(rest) > 1 and len(resumed.trained) == len(rest)
-    assert all(same(*pair) for pair in zip(resumed.trained, rest, strict=True))
-    counts = data.row_counts()
-    assert counts["trained"] + counts["not_reached"] == counts["rows"] == NUM_ROWS
-    assert not multiprocessing.active_children()
-
-
-@pytest.mark.parametrize("fail_at", [0, 3, 5])
-def test_the_batch_that_was_not_finished_comes_again(make: Callable[..., ImageDataModule], tmp_path: Path, fail_at: int) -> None:
-    whole, failing, resumed = Model(), Model(fail_at), Model()
-    make_trainer(tmp_path).fit(whole, datamodule=make())
-    with pytest.raises(RuntimeError, match="stopped"):
-        make_trainer(tmp_path, SaveOften()).fit(failing, datamodule=make())
-    data = make()
-    make_trainer(tmp_path).fit(resumed, datamodule=data, ckpt_path=tmp_path / "exception.ckpt")
-    assert all(same(*pair) for pair in zip(failing.trained + resumed.trained, whole.trained, strict=True))
-    assert data.row_counts()["trained"] == NUM_ROWS
-
-
-def test_a_second_fit_begins_anew(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
-    data, models = make(), [Model(), Model()]
-    for model in models:
-        make_trainer(tmp_path, max_epochs=1).fit(model, datamodule=data)
-    assert all(same(*pair) for pair in zip(*(model.trained for model in models), strict=True))
-
-
-def test_a_checkpoint_of_other_data_can_be_tested_but_not_resumed(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
-    save = SaveOften()
-    make_trainer(tmp_path, save).fit(Model(), datamodule=make())
-    other = str(write_rows(tmp_path / "other.jsonl", 5))
-    data, path = make(train_path=other, val_path=other), next(iter(save.saved))
-    make_trainer(tmp_path).validate(model := Model(), datamodule=data, ckpt_path=path, verbose=False)
-    assert len(model.validated) == 3
-    with pytest.raises(ValueError, match=r"training rows 7 \(now 5\)"):
-        make_trainer(tmp_path).fit(Model(), datamodule=data, ckpt_path=path)
+    assert not isinstance(data.val_dataloader(), StatefulLoader)  # Lightning would save the place of one, and begin there
 
 
 def test_prediction_gives_every_row_once(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
@@ -340,7 +221,7 @@ def test_hand_made_batches_are_padded_as_asked(make: Callable[..., ImageDataModu
 def test_media_lie_beside_the_file_unless_told(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
     elsewhere = tmp_path / "rows"
     elsewhere.mkdir()
-    os.replace(tmp_path / "rows.jsonl", elsewhere / "rows.jsonl")
+    (tmp_path / "rows.jsonl").replace(elsewhere / "rows.jsonl")
     data = make(train_path=str(elsewhere / "rows.jsonl"), media_root=str(tmp_path))
     data.setup("fit")
     assert data.train_dataset[2].id == "2"

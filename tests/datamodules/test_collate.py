@@ -104,7 +104,7 @@ def test_what_tables_and_counts_need_comes_along() -> None:
 
 
 def test_the_other_rows_do_not_see_a_skipped_one() -> None:
-    first, second, third = examples()
+    first, _, third = examples()
     batch = collate([first, RowError(Origin("rows.jsonl", 4), "no picture"), third], PAD)
     alone = collate([first, third], PAD)
     assert torch.equal(batch["tokens_BT"], alone["tokens_BT"])

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader
 
 from datamodules.augment import ImageAugment
 from datamodules.loader import Progress, RowLoader, StatefulLoader
-from datamodules.processor import Processor, PromptOptions
+from datamodules.processor import Processor
 from datamodules.skipped import SkippedRows
-from tests.datamodules.loader_fakes import RecordingDataset, epochs, ids, make_loader, make_processor, make_row, same, write_rows
+from tests.datamodules.loader_fakes import RecordingDataset, epochs, ids, make_loader, make_processor, same, take, write_rows
 
 NUM_ROWS = 7  # four batches of two an epoch, the last one smaller
 
@@ -35,28 +35,6 @@ def dataset(tmp_path: Path, processor: Processor) -> Callable[..., RecordingData
         return dataset
 
     return make
-
-
-def bad_lines(folder: Path) -> dict[int, str]:
-    """A bad picture, malformed JSON, a row that is too long, and a missing file."""
-    (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n and no picture")
-    return {
-        0: json.dumps(make_row(0, "bad.png")),
-        2: '{"messages": [}',
-        3: json.dumps(make_row(3, "3.png", answer="very " * 900)),
-        5: json.dumps(make_row(5, "missing.png")),
-    }
-
-
-def take(loader: StatefulLoader, number: int) -> list[Any]:
-    """The next batches, across the ends of epochs."""
-    batches: list[Any] = []
-    while len(batches) < number:
-        for batch in loader:
-            batches.append(batch)
-            if len(batches) == number:
-                break
-    return batches
 
 
 def test_each_loop_is_the_next_epoch(dataset: Callable[..., RecordingDataset]) -> None:
@@ -211,111 +189,6 @@ def test_one_batch_on_one_process_is_two_halves_on_two(dataset: Callable[..., Re
         parts.append(sum(ids(list(part)), []))
     fresh = make_loader(dataset(), batch_size=2)
     assert sorted(sum(parts, [])) == sorted(sum(ids(list(fresh)[2:]), []))
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_every_row_is_trained_or_named(
-    dataset: Callable[..., RecordingDataset], tmp_path: Path, num_workers: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    loader = make_loader(dataset(bad_lines(tmp_path)), folder=tmp_path, num_workers=num_workers)
-    for _ in range(3):
-        trained = sum(ids(list(loader)), [])
-        assert sorted(trained) == ["1", "4", "6"]
-        assert loader.row_counts() == {"rows": 7, "trained": 3, "skipped": 4, "not_reached": 0, "dropped_tokens": 0}
-    named = {row["line"]: row for row in map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())}
-    reasons = {1: "bad.png", 3: "not JSON", 4: "above prompt.max_length = 2,048", 6: "missing.png does not exist"}
-    assert sorted(named) == sorted(reasons)
-    assert all(reason in named[line]["reason"] for line, reason in reasons.items())
-    assert {row["file"] for row in named.values()} == {str(tmp_path / "rows.jsonl")}
-    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 4
-    counted = [int(record.getMessage().split()[1]) for record in caplog.records if record.getMessage().startswith("skipped")]
-    assert sum(counted) == 4
-
-
-@pytest.mark.parametrize("taken", [1, 2, 3, 4, 6])
-def test_the_account_goes_on_after_a_resume(dataset: Callable[..., RecordingDataset], tmp_path: Path, taken: int) -> None:
-    loader = make_loader(dataset(bad_lines(tmp_path)), folder=tmp_path)
-    take(loader, taken)
-    counts = loader.row_counts()
-    assert counts["trained"] + counts["skipped"] + counts["not_reached"] == counts["rows"] == NUM_ROWS
-    resumed = make_loader(dataset(bad_lines(tmp_path)), folder=tmp_path)
-    resumed.load_state_dict(loader.state_dict())
-    list(resumed)
-    assert resumed.row_counts() == {"rows": 7, "trained": 3, "skipped": 4, "not_reached": 0, "dropped_tokens": 0}
-    list(resumed)
-    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 4
-
-
-def test_a_bad_row_leaves_a_gap_in_its_batch(dataset: Callable[..., RecordingDataset], tmp_path: Path) -> None:
-    good = epochs(make_loader(dataset()), 2)
-    gaps = epochs(make_loader(dataset(bad_lines(tmp_path))), 2)
-    bad = {"0", "2", "3", "5"}
-    assert ids(gaps) == [[row for row in batch if row not in bad] for batch in ids(good)]
-    pictures = {(number // 4, example["id"]): row for number, batch in enumerate(good) for example, row in rows(batch)}
-    for number, batch in enumerate(gaps):
-        for example, (tokens, labels, picture) in rows(batch):
-            expected = pictures[number // 4, example["id"]]
-            assert (tokens, labels) == expected[:2] and torch.equal(picture, expected[2])
-
-
-def rows(batch: Any) -> list[tuple[dict[str, Any], tuple[list[int], list[int], torch.Tensor]]]:
-    """Each example with its tokens, labels and picture, without padding."""
-    if not batch["examples"]:
-        return []
-    real = batch["segments_BT"] > 0
-    pictures = batch["image"]["media"][batch["image"]["item_O"]]
-    return [
-        (example, (batch["tokens_BT"][row][real[row]].tolist(), batch["labels_BT"][row][real[row]].tolist(), pictures[row]))
-        for row, example in enumerate(batch["examples"])
-    ]
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_too_many_bad_rows_stop_the_run(dataset: Callable[..., RecordingDataset], tmp_path: Path, num_workers: int) -> None:
-    bad = bad_lines(tmp_path)
-    loader = make_loader(dataset(bad), folder=tmp_path, max_skipped=0.5, num_workers=num_workers)
-    with pytest.raises(ValueError, match=r"4 of the 7 rows of .*rows\.jsonl could not be used.*or raise data\.max_skipped$"):
-        list(loader)
-    enough = make_loader(dataset(bad), folder=tmp_path, max_skipped=4 / 7)
-    assert len(epochs(enough, 3)) == 12
-
-
-def test_the_batch_that_stops_the_run_is_not_lost(dataset: Callable[..., RecordingDataset], tmp_path: Path) -> None:
-    loader = make_loader(dataset(bad_lines(tmp_path)), max_skipped=0.1, progress=lambda: Progress(0, len(finished)))
-    finished: list[Any] = []
-    with pytest.raises(ValueError, match="data.max_skipped"):
-        finished.extend(loader)
-    mended = make_loader(dataset())
-    mended.load_state_dict(loader.state_dict())
-    rest = list(mended)
-    assert mended.row_counts()["trained"] == NUM_ROWS and sum(map(len, ids(rest))) == NUM_ROWS - 2 * len(finished)
-
-
-def test_cut_tokens_are_counted(
-    dataset: Callable[..., RecordingDataset], processor: Processor, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = Path(processor.name_or_path)
-    whole = [len(row.tokens) for row in (dataset()[number] for number in range(NUM_ROWS))]
-    limit = max(whole) - 3
-    cutting = make_processor(folder, PromptOptions(max_length=limit, on_too_long="cut"))
-    dropped = sum(max(0, length - limit) for length in whole)
-    loader = make_loader(dataset(processor=cutting))
-    batches = epochs(loader, 2)
-    assert loader.row_counts()["dropped_tokens"] == dropped == sum(batch["num_dropped_tokens"] for batch in batches[:4]) > 0
-    messages = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
-    assert 1 <= len(messages) <= 4 and int(messages[-1].split()[0]) * 2 > dropped
-    resumed = make_loader(dataset(processor=cutting))
-    resumed.load_state_dict({**loader.state_dict(), "batch": 2, "counts": {"dropped_tokens": 100}})
-    list(resumed)
-    rest = sum(batch["num_dropped_tokens"] for batch in batches[6:])
-    assert resumed.row_counts()["dropped_tokens"] == 100 + rest
-
-
-def test_a_batch_whose_rows_are_all_bad_is_empty(dataset: Callable[..., RecordingDataset], tmp_path: Path) -> None:
-    loader = make_loader(dataset(bad_lines(tmp_path)), batch_size=1)
-    batches = list(loader)
-    assert sorted(map(len, ids(batches))) == [0, 0, 0, 0, 1, 1, 1]
-    assert all(len(batch["skipped"]) + len(batch["examples"]) == 1 for batch in batches)
 
 
 def test_an_evaluation_begins_at_its_first_row(dataset: Callable[..., RecordingDataset]) -> None:

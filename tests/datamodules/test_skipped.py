@@ -1,6 +1,7 @@
 import json
 import logging
 import multiprocessing
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +115,17 @@ def test_rows_of_other_processes_count(path: Path) -> None:
     assert [row["line"] for row in read(path) if row["file"] == "rows.jsonl"] == [1, 2, 3, 4, 5]
 
 
-def _add_some(path: Path, rank: int) -> None:
+def _add_some(path: Path, rank: int, barrier: Barrier) -> None:
     skipped = SkippedRows(path, "rows.jsonl", 1000, 1.0)
+    barrier.wait()
     for line in range(rank, 60):
         skipped.add([error(line, f"{rank} {'x' * 500}"), error(1000 + 100 * rank + line)])
 
 
 def test_processes_at_work_at_once_name_each_row_once(path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_add_some, args=(path, rank)) for rank in range(4)]
+    barrier = context.Barrier(4)
+    processes = [context.Process(target=_add_some, args=(path, rank, barrier)) for rank in range(4)]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,0 +1,134 @@
+"""Every YAML parses, instantiates offline, and means what it says; overlays change what they name and nothing else."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from train import main
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs/sft").glob("*.yaml"))
+OVERLAYS = sorted(path for room in ("adapter", "bridge", "logger", "debug") for path in (ROOT / "configs" / room).glob("*.yaml"))
+
+
+def resolved(*arguments: str) -> dict[str, Any]:
+    """The config that `fit` would run with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        import contextlib
+        import io
+
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as exit_info:
+            main(["fit", *arguments, "--print_config"])
+        assert exit_info.value.code in (0, None), arguments
+    return yaml.safe_load(out.getvalue())
+
+
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {path: tree}
+    return {name: value for key, child in tree.items() for name, value in leaves(child, f"{path}.{key}".strip(".")).items()}
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[Path, dict[str, Any]]:
+    return {recipe: resolved("--config", str(recipe)) for recipe in RECIPES}
+
+
+def test_there_are_recipes_and_overlays() -> None:
+    assert {"tiny", "demo", "image", "image_stage1"} <= {path.stem for path in RECIPES}
+    names = {"full", "lora", "dora", "linear", "mlp", "pixel_shuffle", "csv", "wandb", "one_batch", "fast", "profile"}
+    assert names <= {path.stem for path in OVERLAYS}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_starts_with_its_command_and_resolves(path: Path, plain: dict[Path, dict[str, Any]]) -> None:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert f"python train.py fit --config configs/sft/{path.name}" in first
+    config = plain[path]
+    assert config["trainer"]["default_root_dir"].startswith("runs/")
+    given = leaves(yaml.safe_load(path.read_text(encoding="utf-8")))
+    found = leaves(config)
+    for name, value in given.items():
+        if not name.endswith("class_path"):
+            assert found[name] == value, name
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("recipe", ["tiny", "image"])
+def test_an_overlay_changes_what_it_names_and_nothing_else(path: Path, recipe: str, plain: dict[Path, dict[str, Any]]) -> None:
+    base = ROOT / f"configs/sft/{recipe}.yaml"
+    before, after = leaves(plain[base]), leaves(resolved("--config", str(base), "--config", str(path)))
+    named = leaves(yaml.safe_load(path.read_text(encoding="utf-8")))
+    for name, value in named.items():
+        if name.endswith("class_path"):
+            assert after[name].endswith(f".{value}")
+        else:
+            assert after[name] == value, name
+    # a new class brings its own options with it; everything outside it stays
+    swapped = tuple(name.removesuffix("class_path") for name in named if name.endswith("class_path"))
+    for name in before.keys() & after.keys():
+        if name not in named and not name.startswith(swapped or ("-",)):
+            assert after[name] == before[name], name
+    grown = {name for name in before if any(other.startswith(f"{name}.") for other in named)}  # null before
+    assert {name for name in before.keys() ^ after.keys() if not name.startswith(swapped or ("-",))} == grown - after.keys()
+
+
+@pytest.mark.parametrize("bridge", ["linear", "mlp", "pixel_shuffle"])
+def test_another_projector_keeps_how_it_is_trained(bridge: str) -> None:
+    config = resolved("--config", "configs/sft/image.yaml", "--config", f"configs/bridge/{bridge}.yaml")
+    assert config["model"]["init_args"]["image_projector"]["init_args"]["tune"]["lr"] == 2.0e-5
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_can_be_instantiated_without_network_weights_or_data(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_modules.cli import OmniLitCLI
+    from lightning_modules.multimodal import MultiModalLitModule
+
+    monkeypatch.chdir(ROOT)
+    from datamodules.base import MultiModalDataModule
+
+    cli = OmniLitCLI(
+        MultiModalLitModule,
+        MultiModalDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        run=False,
+        trainer_defaults={"callbacks": [], "accelerator": "cpu", "precision": "32-true", "logger": False},
+        args=["--config", str(path), "--trainer.accelerator", "cpu", "--trainer.logger", "false"],
+    )
+    assert cli.datamodule.processor is cli.model.processor
+    assert not list(cli.model.parameters())
+
+
+def test_the_sweep_is_one_that_wandb_takes_and_its_command_line_parses() -> None:
+    from sweeps.config.cfg import schema_violations_from_proposed_config
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    path = ROOT / "configs/sweeps/lr_rank.yaml"
+    sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert schema_violations_from_proposed_config(sweep) == []
+    drawn = {name: {"value": 16 if name.endswith(".r") else 3.3e-4} for name in sweep["parameters"]}
+    filled = {"env": ["/usr/bin/env"], "program": [sweep["program"]], **create_sweep_command_args({"args": drawn})}
+    words = [word for part in sweep["command"] for word in filled.get(part[2:-1], [part] if not part.startswith("${") else [])]
+    assert shlex.join(words).startswith("/usr/bin/env python train.py fit --config configs/sft/image.yaml")
+    config = resolved(*words[words.index("fit") + 1 :])
+    tune = config["model"]["init_args"]["language_model"]["init_args"]["tune"]
+    assert (tune["lr"], tune["lora"]["r"]) == (3.3e-4, 16)
+    assert config["trainer"]["logger"]["class_path"].endswith("WandbLogger")
+    assert sweep["metric"]["name"] == "val/loss"
+
+
+def test_a_sweep_run_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    monkeypatch.setenv("WANDB_RUN_ID", "r7")
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
+    main(["fit", "--config", "configs/sft/tiny.yaml", "--trainer.default_root_dir", str(tmp_path), *quiet])
+    assert (tmp_path / "r7/config.yaml").is_file()
+    assert (tmp_path / "r7/csv").is_dir()
