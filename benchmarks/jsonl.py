@@ -1,14 +1,17 @@
 """Random access to a JSON-lines file: index, re-open, memory, one row. Linux only, for the memory is read from /proc.
 
-Run: python -m benchmarks.jsonl
+Run: python benchmarks/jsonl.py
 """
 
 import argparse
 import json
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python benchmarks/jsonl.py` finds the packages
 
 from datamodules.jsonl import JsonlFile
 

@@ -72,7 +72,8 @@ def test_a_run_goes_on_with_the_batches_it_would_have_had(
     make: Callable[..., ImageDataModule], tmp_path: Path, options: dict[str, Any], checkpoint: str
 ) -> None:
     others = set(multiprocessing.active_children())
-    num_workers = options.pop("num_workers", 0)
+    num_workers = options.get("num_workers", 0)
+    options = {name: value for name, value in options.items() if name != "num_workers"}
     whole, save, resumed = Model(), SaveOften(), Model()
     make_trainer(tmp_path, save, **options).fit(whole, datamodule=make(num_workers=num_workers))
     path = str(tmp_path / f"{checkpoint}.ckpt")
