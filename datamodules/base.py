@@ -144,6 +144,11 @@ class MultiModalDataModule(L.LightningDataModule):
             loader.stop_workers()
         self._loaders.clear()
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Ends the worker processes of a run that is stopped."""
+        for loader in self._loaders:
+            loader.stop_workers()
+
     def train_dataloader(self) -> StatefulLoader:
         """Training batches; made once for each fit, and it goes on where a resumed run stopped."""
         if self.train_loader is None:

@@ -72,9 +72,18 @@ class RowLoader:
             self.counts.clear()
         if self._loader is None:
             self._loader = self._start()
+        failure: ValueError | None = None
         for batch in self._loader:
-            self._account(batch)
+            try:
+                self._account(batch)
+            except ValueError as error:
+                failure = error
+                break
             yield batch
+        if failure is not None:
+            # behind the loop: kept alive by the traceback, its workers would take 5 seconds each to end
+            self.stop_workers()
+            raise failure
 
     def row_counts(self) -> dict[str, int]:
         """Rows of the epoch at hand, on this rank: rows = trained + skipped + not_reached; and its dropped_tokens."""
@@ -89,7 +98,7 @@ class RowLoader:
         }
 
     def stop_workers(self) -> None:
-        """Ends the processes that decode, once no loop is under way; the next loop starts new ones."""
+        """Ends the processes that decode, as soon as no loop is under way; the next loop starts new ones."""
         self._loader = None
 
     def _start(self) -> DataLoader[Batch]:

@@ -158,9 +158,10 @@ def _defaults(cls: type[Part]) -> dict[str, Any]:
     """Defaults of the constructor's options, those that it hands on to its parents included."""
     defaults: dict[str, Any] = {}
     for parent in cls.__mro__:
-        if "__init__" not in vars(parent):
+        constructor = vars(parent).get("__init__")
+        if constructor is None:
             continue
-        parameters = inspect.signature(parent.__init__).parameters.values()
+        parameters = inspect.signature(constructor).parameters.values()
         for parameter in parameters:
             if parameter.default is not inspect.Parameter.empty:
                 defaults.setdefault(parameter.name, parameter.default)

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,8 +163,10 @@ def test_skipped_rows_are_named_in_the_run_folder(make: Callable[..., ImageDataM
 
 def test_too_many_skipped_rows_end_a_fit_with_one_paragraph(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
     data = make(train_path=str(write_rows(tmp_path / "bad.jsonl", NUM_ROWS, {3: "{", 4: "}"})), num_workers=1)
+    others = set(multiprocessing.active_children())
     with pytest.raises(ValueError, match=r"^2 of the 7 rows of .*more than data\.max_skipped = 0\.01 allows\. [^\n]*$"):
         make_trainer(tmp_path).fit(Model(), datamodule=data)
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_overfitting_repeats_the_first_batch(

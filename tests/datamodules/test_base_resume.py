@@ -91,8 +91,10 @@ def test_a_run_goes_on_with_the_batches_it_would_have_had(
 def test_the_batch_that_was_not_finished_comes_again(make: Callable[..., ImageDataModule], tmp_path: Path, fail_at: int) -> None:
     whole, failing, resumed = Model(), Model(fail_at), Model()
     make_trainer(tmp_path).fit(whole, datamodule=make())
+    others = set(multiprocessing.active_children())
     with pytest.raises(RuntimeError, match="stopped"):
-        make_trainer(tmp_path, SaveOften()).fit(failing, datamodule=make())
+        make_trainer(tmp_path, SaveOften()).fit(failing, datamodule=make(num_workers=1))
+    assert set(multiprocessing.active_children()) <= others
     data = make()
     make_trainer(tmp_path).fit(resumed, datamodule=data, ckpt_path=tmp_path / "exception.ckpt")
     assert all(same(*pair) for pair in zip(failing.trained + resumed.trained, whole.trained, strict=True))
