@@ -9,7 +9,7 @@ BIN := .venv/bin
 .PHONY: demo test test-all lint types clean
 
 demo: .venv/.demo
-	$(BIN)/python -m demo.run
+	GOMP_SPINCOUNT=0 $(BIN)/python -m demo.run  # threads that wait do not burn a core that others share
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow and not real"
@@ -25,9 +25,11 @@ types: .venv/.dev
 	$(BIN)/mypy
 
 .venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11: make PYTHON=python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/.dev: requirements.txt requirements-dev.txt | .venv/bin/python
+.venv/.dev: requirements.txt requirements-demo.txt requirements-dev.txt | .venv/bin/python
 	$(BIN)/python -m pip install $(PIP_ARGS) -r requirements-dev.txt
 	touch $@
 

@@ -67,7 +67,7 @@ class Example:
         origin: Where the row stands.
         id: The row's own id, or its line number.
         tokens: Token ids, media placeholders expanded; for generation they end where the answer begins.
-        labels: Like tokens, `IGNORE_INDEX` where there is no loss; empty for generation.
+        labels: Like tokens, `IGNORE_INDEX` where there is no loss; for generation that is everywhere.
         media: Items by modality, in the order of their placeholders.
         choices: For each supervised position the token ids that some choice continues with; None: an open answer.
         prompt: The last user message as text, for tables and predictions.
@@ -105,7 +105,9 @@ class Batch(TypedDict):
 
     `segments_BT` numbers the samples packed into a row from 1; 0 is padding. `positions_BT` starts anew in each segment.
     `choices_SK` holds, for each supervised position in row-major order, the ids among which a closed-set answer is
-    chosen, padded with -1; a row of -1 means that the answer is open.
+    chosen, padded with -1; a row of -1 means that the answer is open. `num_tokens` counts the tokens that are not padding,
+    `num_supervised` the labels with a loss that have a token before them in their row: plain numbers, for which no one
+    has to wait for a device.
     """
 
     tokens_BT: Tensor
@@ -115,6 +117,8 @@ class Batch(TypedDict):
     choices_SK: Tensor
     examples: list[dict[str, Any]]
     skipped: list[RowError]
+    num_tokens: int
+    num_supervised: int
     num_dropped_tokens: int
     image: NotRequired[MediaBatch]
     video: NotRequired[MediaBatch]

@@ -31,8 +31,7 @@ def collate(items: Sequence[Example | RowError], pad_id: int, side: Literal["lef
         size = len(example.tokens)
         span = slice(0, size) if side == "right" else slice(length - size, length)
         tokens_BT[row, span] = torch.tensor(example.tokens)
-        if example.labels:
-            labels_BT[row, span] = torch.tensor(example.labels)
+        labels_BT[row, span] = torch.tensor(example.labels)
         positions_BT[row, span] = torch.arange(size)
         segments_BT[row, span] = 1
     batch = Batch(
@@ -43,6 +42,8 @@ def collate(items: Sequence[Example | RowError], pad_id: int, side: Literal["lef
         choices_SK=_stack_choices(examples),
         examples=[_describe(example) for example in examples],
         skipped=[item for item in items if isinstance(item, RowError)],
+        num_tokens=sum(len(example.tokens) for example in examples),
+        num_supervised=int((labels_BT[:, 1:] != IGNORE_INDEX).sum()),
         num_dropped_tokens=sum(example.num_dropped_tokens for example in examples),
     )
     for modality in MODALITIES:

@@ -6,10 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from datamodules.batch import MODALITIES, Modality
-from datamodules.dialects import Row, UnusableRowError, kind_of
+from datamodules.rows import MEDIA_KEYS, Row, UnusableRowError, kind_of
 
 _PLACEHOLDERS: dict[str, Modality] = {f"<{modality}>": modality for modality in MODALITIES}
 _SPLIT_PLACEHOLDERS = re.compile(f"({'|'.join(_PLACEHOLDERS)})")
+
+
+_SUFFIXES = (
+    "jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]|jp2|mp4|m4v|mkv|webm|avi|mov|mpe?g|wmv|flv|ogv|"
+    "wav|flac|mp3|ogg|opus|m4a|aac|wma|aiff?"
+)
+_LOOKS_LIKE_MEDIA = re.compile(
+    rf"data:(image|video|audio)/.*|https?://\S+\.({_SUFFIXES})([?#]\S*)?|[^\n]+\.({_SUFFIXES})", re.IGNORECASE | re.DOTALL
+)
+_ANSWERS = frozenset({"chosen", "rejected", "rejected_response"})
+"""Columns of preference rows, whose texts may end in any word."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,35 @@ def _read_source(item: Any, where: str) -> str:
         expected = "a path, a data: URI, or an object with nothing but 'path' or 'url'"
         raise UnusableRowError(f"{where} must be {expected}, got {kind_of(item)}: {str(item)[:60]!r}")
     return source
+
+
+def refuse_unread_media(columns: Row) -> None:
+    """Refuses a row with a medium in a column that nobody reads, so that it cannot be trained on without its pictures.
+
+    Args:
+        columns: What is left of the row when its conversation and media have been read.
+
+    Raises:
+        UnusableRowError: A value looks like the path or URI of a picture, video or sound.
+    """
+    for key, value in columns.items():
+        medium = None if key in _ANSWERS else _find_medium(value)
+        if medium is not None:
+            raise UnusableRowError(
+                f"{key!r} holds {medium[:60]!r}, which looks like a medium, but is not read: media stand in "
+                f"{', '.join(map(repr, MEDIA_KEYS))}, or in messages. Rename the key to one of these, or leave it out"
+            )
+
+
+def _find_medium(value: Any) -> str | None:
+    match value:
+        case str() if _LOOKS_LIKE_MEDIA.fullmatch(value.strip()):
+            return value
+        case list():
+            return next(filter(None, map(_find_medium, value)), None)
+        case {"path": item} | {"url": item}:
+            return _find_medium(item)
+    return None
 
 
 def is_blank(content: Sequence[Piece]) -> bool:

@@ -4,21 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datamodules.batch import MODALITIES, Modality, Origin, RowError
-from datamodules.content import Content, Media, Piece, Text, is_blank, read_content, read_sources
-from datamodules.dialects import (
-    MEDIA_KEYS,
-    Dialect,
-    PromptTemplate,
-    Role,
-    Row,
-    Turn,
-    UnusableRowError,
-    keys_of,
-    kind_of,
-    recognise,
-)
+from datamodules.content import Content, Media, Piece, Text, is_blank, read_content, read_sources, refuse_unread_media
+from datamodules.dialects import Dialect, Role, Turn, recognise
+from datamodules.prompt_template import PromptTemplate
+from datamodules.rows import MEDIA_KEYS, Row, UnusableRowError, keys_of, kind_of
 
-__all__ = ["Content", "Media", "Message", "PromptTemplate", "Role", "Sample", "Text", "parse_row"]
+__all__ = ["Content", "Media", "Message", "Role", "Sample", "Text", "parse_row"]
 
 _MAY_FOLLOW: dict[Role | None, tuple[Role, ...]] = {
     None: ("system", "user"),
@@ -81,7 +72,9 @@ def parse_row(
     answer_column: str = "answer",
     require_answer: bool = True,
 ) -> Sample:
-    """Reads a row of any known form: messages, conversations, query and response, Alpaca, or flat columns.
+    """Reads a row of any known form: messages, conversations, query and response, Alpaca, preferences, or flat columns.
+
+    Of a preference row the chosen side is the conversation; both sides stay among the columns.
 
     Args:
         row: The JSON object.
@@ -98,6 +91,9 @@ def parse_row(
     template = None if prompt_template is None else PromptTemplate(prompt_template)
     try:
         dialect = recognise(row, template, answer_column)
+        read = dialect.consumed.union(MEDIA_KEYS, ("id", "choices"))
+        columns = {key: value for key, value in row.items() if key not in read}
+        refuse_unread_media(columns)
         messages = _read_messages(row, dialect, require_answer)
         choices = _read_choices(row, messages)
         row_id = row.get("id")
@@ -105,8 +101,6 @@ def parse_row(
             raise UnusableRowError(f"'id' must be a text or a whole number, got {kind_of(row_id)}")
     except UnusableRowError as error:
         raise RowError(origin, str(error)) from error
-    read = dialect.consumed | MEDIA_KEYS | {"id", "choices"}
-    columns = {key: value for key, value in row.items() if key not in read}
     return Sample(origin, str(origin.line if row_id is None else row_id), messages, choices, columns)
 
 

@@ -1,5 +1,6 @@
 """Rows of a JSONL file as examples: media found, decoded, augmented and put through the model's processor."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,10 +9,11 @@ from torch.utils.data import Dataset
 
 from datamodules.augment import ImageAugment, rng
 from datamodules.batch import Example, Modality, RowError
-from datamodules.conversation import PromptTemplate, Sample, parse_row
+from datamodules.conversation import Sample, parse_row
 from datamodules.jsonl import JsonlFile
 from datamodules.media import ImageLimits, decode_image
 from datamodules.processor import Processor
+from datamodules.prompt_template import PromptTemplate
 from datamodules.sources import MediaError, MediaRoot, content_key
 
 
@@ -36,7 +38,7 @@ class MultiModalDataset(Dataset[Example]):
         modality: The modality whose augmentation `augment` is.
         augment: Random augmentation of each medium, for training; None: none.
         seed: Seed of the augmentation.
-        rows: Which rows of the file belong to the dataset; None: all.
+        rows: Which rows of the file belong to the dataset, in the order of the file; None: all.
         generate: Examples end where the answer begins, and rows need no answer.
         limits: How big a picture may be, before it is decoded.
 
@@ -72,6 +74,14 @@ class MultiModalDataset(Dataset[Example]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def has_line(self, line: int) -> bool:
+        """Whether a line of the file, counted from 1, is one of these rows."""
+        row = bisect_left(self.rows, line, key=self._line)
+        return row < len(self.rows) and self._line(self.rows[row]) == line
+
+    def _line(self, row: int) -> int:
+        return self.file.origin(row).line
 
     def sample(self, row: int) -> Sample:
         """Row number `row` as a sample, without its media.

@@ -1,26 +1,14 @@
 """The forms a row may have. Each is read to the same list of `Turn`s, from which `conversation.parse_row` makes a `Sample`."""
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from string import Formatter
 from typing import Any, Literal
 
-from datamodules.batch import MODALITIES
-
-Row = dict[str, Any]
+from datamodules.prompt_template import PromptTemplate, read_cell
+from datamodules.rows import Row, UnusableRowError, keys_of, kind_of
 
 Role = Literal["system", "user", "assistant", "tool"]
-
-MEDIA_KEYS = frozenset({*MODALITIES, *(f"{modality}s" for modality in MODALITIES)})
-"""Keys under which a row lists its media."""
-
-_COLUMN_NAME = re.compile(r"[^\W\d][\w -]*")
-
-
-class UnusableRowError(ValueError):
-    """Why a row cannot be used; `parse_row` adds file and line."""
 
 
 @dataclass(frozen=True)
@@ -38,55 +26,6 @@ class Turn:
     role: Role
     content: Any
     loss: bool | None = None
-
-
-@dataclass(frozen=True)
-class PromptTemplate:
-    """Makes the user's text of a flat row from its columns: "Question: {question}\\nAnswer:".
-
-    `{name}` is a column of the row; `{{` and `}}` are braces; `<image>`, `<video>` and `<audio>` say where the media
-    of the row stand (without them: before the text).
-
-    Args:
-        text: The template.
-
-    Raises:
-        ValueError: A field is not the plain name of a text column.
-    """
-
-    text: str
-
-    def __post_init__(self) -> None:
-        advice = "write {name} for a column of the row, and {{ or }} for a brace"
-        try:
-            fields = [field[1:] for field in Formatter().parse(self.text) if field[1] is not None]
-        except ValueError as error:
-            raise ValueError(f"prompt_template {self.text!r} is malformed ({error}): {advice}") from error
-        for name, format_spec, conversion in fields:
-            if not _COLUMN_NAME.fullmatch(name or "") or format_spec or conversion:
-                raise ValueError(f"prompt_template {self.text!r} has a field that is not the plain name of a column: {advice}")
-            if name in MEDIA_KEYS:
-                raise ValueError(
-                    f"prompt_template {self.text!r} has {{{name}}}: write <{name.rstrip('s')}> where the medium stands"
-                )
-
-    @property
-    def columns(self) -> frozenset[str]:
-        """The columns that the template names."""
-        return frozenset(name for _, name, _, _ in Formatter().parse(self.text) if name is not None)
-
-    def render(self, row: Row) -> str:
-        """The text for one row.
-
-        Raises:
-            UnusableRowError: A column is missing, or holds neither text nor a number.
-        """
-        missing = sorted(self.columns - row.keys())
-        if missing:
-            raise UnusableRowError(
-                f"prompt_template names the column {', '.join(map(repr, missing))}, but the row has {keys_of(row)}"
-            )
-        return self.text.format_map({name: _cell(row, name) for name in self.columns})
 
 
 @dataclass(frozen=True)
@@ -125,7 +64,7 @@ def recognise(row: Row, template: PromptTemplate | None, answer_column: str) -> 
         return Dialect(
             answer=f"the column {answer_column!r}",
             read=partial(_read_flat, template=template, answer_column=answer_column),
-            consumed=template.columns | {answer_column},
+            consumed=template.columns | {answer_column, "history", "system"},
             implied_media="all",
         )
     forms = "; ".join(dialect.example for dialect in known)
@@ -135,26 +74,19 @@ def recognise(row: Row, template: PromptTemplate | None, answer_column: str) -> 
     )
 
 
-def kind_of(value: Any) -> str:
-    """The type of a JSON value, in JSON's words."""
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+def _read_conversation(row: Row, key: str, role_key: str, content_key: str, roles: Mapping[str, Role]) -> list[Turn]:
+    return [*_read_system(row), *_read_messages(row, key, "", role_key, content_key, roles)]
 
 
-def keys_of(row: Row) -> str:
-    """The keys of a row, for errors."""
-    return f"the keys {', '.join(map(repr, row))}" if row else "no keys"
-
-
-def _read_messages(row: Row, key: str, role_key: str, content_key: str, roles: Mapping[str, Role]) -> list[Turn]:
+def _read_messages(row: Row, key: str, of: str, role_key: str, content_key: str, roles: Mapping[str, Role]) -> list[Turn]:
     messages = row[key]
     if not isinstance(messages, list):
         raise UnusableRowError(f"{key!r} must be a list of messages, got {kind_of(messages)}")
     if not messages:
-        raise UnusableRowError(f"{key!r} is an empty list: expected at least one user message")
-    turns = _read_system(row)
+        raise UnusableRowError(f"{key!r} is an empty list: expected at least one message")
+    turns = []
     for number, message in enumerate(messages, 1):
-        where = f"message {number}"
+        where = f"message {number}{of}"
         if not isinstance(message, dict):
             raise UnusableRowError(f"{where} must be an object with {role_key!r} and {content_key!r}, got {kind_of(message)}")
         if role_key not in message or content_key not in message:
@@ -185,10 +117,29 @@ def _read_alpaca(row: Row) -> list[Turn]:
 
 
 def _read_flat(row: Row, template: PromptTemplate, answer_column: str) -> list[Turn]:
-    question = Turn("the prompt", "user", template.render(row))
-    if row.get(answer_column) is None:
-        return [question]
-    return [question, Turn(f"the column {answer_column!r}", "assistant", _cell(row, answer_column))]
+    others = {key: value for key, value in row.items() if key not in template.columns | {answer_column}}
+    turns = [*_read_system(others), *_read_history(others), Turn("the prompt", "user", template.render(row))]
+    if row.get(answer_column) is not None:
+        turns.append(Turn(f"the column {answer_column!r}", "assistant", read_cell(row, answer_column)))
+    return turns
+
+
+def _read_chosen(row: Row) -> list[Turn]:
+    if row.get("prompt") is None and not isinstance(row["chosen"], list):
+        raise UnusableRowError(
+            f"'chosen' is {kind_of(row['chosen'])} and there is no 'prompt': give the question in 'prompt', "
+            "or the whole conversation in 'chosen' as a list of messages"
+        )
+    prompt = _read_side(row, "prompt", "user") if row.get("prompt") is not None else []
+    asked = [replace(turn, loss=bool(turn.loss)) for turn in prompt]  # earlier answers in it are given, and not preferred
+    return [*_read_system(row), *_read_history(row), *asked, *_read_side(row, "chosen", "assistant")]
+
+
+def _read_side(row: Row, key: str, role: Role) -> list[Turn]:
+    """A part of a preference row: a text by `role`, or a list of messages."""
+    if isinstance(row[key], str):
+        return [_turn(row, key, role)]
+    return _read_messages(row, key, f" of {key!r}", "role", "content", _NATIVE_ROLES)
 
 
 def _read_system(row: Row) -> list[Turn]:
@@ -225,13 +176,6 @@ def _text(row: Row, key: str) -> str:
     return row[key]
 
 
-def _cell(row: Row, column: str) -> str:
-    value = row[column]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UnusableRowError(f"the column {column!r} must hold a text or a number, got {kind_of(value)}")
-    return str(value)
-
-
 _NATIVE_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _SHAREGPT_ROLES: dict[str, Role] = {
     "human": "user",
@@ -246,14 +190,14 @@ CONVERSATIONS = (
         key="messages",
         example='{"messages": [{"role": "user", "content": "<image>…"}, {"role": "assistant", "content": …}], "images": […]}',
         answer="a last message of the role assistant",
-        read=partial(_read_messages, key="messages", role_key="role", content_key="content", roles=_NATIVE_ROLES),
+        read=partial(_read_conversation, key="messages", role_key="role", content_key="content", roles=_NATIVE_ROLES),
         consumed=frozenset({"messages", "system"}),
     ),
     Dialect(
         key="conversations",
         example='{"conversations": [{"from": "human", "value": "<image>…"}, {"from": "gpt", "value": …}], "image": …}',
         answer="a last turn from gpt",
-        read=partial(_read_messages, key="conversations", role_key="from", content_key="value", roles=_SHAREGPT_ROLES),
+        read=partial(_read_conversation, key="conversations", role_key="from", content_key="value", roles=_SHAREGPT_ROLES),
         consumed=frozenset({"conversations", "system"}),
         implied_media="only",
     ),
@@ -274,6 +218,14 @@ COLUMN_FORMS = (
         answer="the key 'output'",
         read=_read_alpaca,
         consumed=frozenset({"instruction", "input", "output", "history", "system"}),
+    ),
+    Dialect(
+        key="chosen",
+        example='{"prompt": …, "chosen": …, "rejected": …}, texts or lists of messages; or whole conversations without "prompt"',
+        answer="an assistant's message at the end of 'chosen'",
+        read=_read_chosen,
+        consumed=frozenset({"prompt", "history", "system"}),  # both sides stay as they are, for what compares them
+        implied_media="only",
     ),
 )
 """Forms with one column for each part of the conversation; a prompt template goes before them."""

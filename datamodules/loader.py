@@ -8,13 +8,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from datamodules.batch import Batch, Example, RowError
+from datamodules.batch import MODALITIES, Batch, Example, Modality, RowError
 from datamodules.collate import collate
 from datamodules.dataset import MultiModalDataset
 from datamodules.sampler import GlobalBatches, RowSampler
 from datamodules.skipped import SkippedRows
-
-__all__ = ["Collate", "Progress", "RowLoader", "SkippedRows", "StatefulLoader"]
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +95,10 @@ class RowLoader:
             "dropped_tokens": self.counts["dropped_tokens"],
         }
 
+    def media_counts(self) -> dict[Modality, int]:
+        """Media delivered in the epoch at hand, on this rank; one that stands in several rows counts each time."""
+        return {modality: self.counts[modality] for modality in MODALITIES}
+
     def stop_workers(self) -> None:
         """Ends the processes that decode, as soon as no loop is under way; the next loop starts new ones."""
         self._loader = None
@@ -119,6 +121,9 @@ class RowLoader:
         self.skipped.add(batch["skipped"])
         self.counts["trained"] += len(batch["examples"])
         self.counts["dropped_tokens"] += batch["num_dropped_tokens"]
+        for modality in MODALITIES:
+            if modality in batch:
+                self.counts[modality] += len(batch[modality]["item_O"])
         self.rows.batch += 1
         if (dropped := self.counts["dropped_tokens"]) >= self._next_report:
             log.warning("%d token(s) cut from answers in this epoch, since prompt.on_too_long is cut", dropped)

@@ -1,6 +1,6 @@
 """What the data side knows of the model's parts: how media become tensors, and how many tokens they take."""
 
-import importlib
+import pydoc
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -43,12 +43,9 @@ def part_from_spec(spec: dict[str, Any]) -> Any:
     """The part that a spec describes; its class is imported by its path, so that the data side needs no model code.
 
     Raises:
-        ValueError: The class cannot be imported, or does not take these options.
+        ValueError: There is no such class, or it does not take these options.
     """
-    path = spec["class_path"]
-    module, _, name = path.rpartition(".")
-    try:
-        part_class = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"a saved processor needs the class {path!r}, which cannot be imported: {error}") from error
+    part_class: Any = pydoc.locate(spec["class_path"])
+    if part_class is None:
+        raise ValueError(f"a saved processor needs the class {spec['class_path']!r}, which is not there: install or write it")
     return part_class.from_spec(spec)

@@ -171,14 +171,6 @@ class Processor:
         """Token ids as text: special tokens left out, the places of neighbouring media written as one `<image>`."""
         return self.chat.decode(token_ids)
 
-    def media_token(self, modality: Modality) -> str:
-        """The special token that holds the places of a medium's embeddings."""
-        return MEDIA_TOKENS[modality]
-
-    def media_token_id(self, modality: Modality) -> int:
-        """The id of `media_token`: behind the tokenizer's own ids, so that no row of an embedding table belongs to it."""
-        return self.chat.media_ids[modality]
-
     @property
     def eos_ids(self) -> list[int]:
         """The ids that end an answer: the template's ends of turn, and the tokenizer's end of text."""

@@ -4,7 +4,8 @@ import contextlib
 import fcntl
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,15 +24,26 @@ class SkippedRows:
     Args:
         path: The file, in the run folder; None: only count.
         data_path: The file whose rows are counted, as their `Origin` has it.
-        num_rows: Rows of that file.
-        max_skipped: The share of them that may be skipped.
+        num_rows: How many of its rows are loaded.
+        max_skipped: The share of them that may be skipped; unless it is 0, one row may be in any case.
+        has_line: Whether a line of the file is one of these rows; None: every line is.
     """
 
-    def __init__(self, path: Path | None, data_path: str, num_rows: int, max_skipped: float) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        data_path: str,
+        num_rows: int,
+        max_skipped: float,
+        has_line: Callable[[int], bool] | None = None,
+    ) -> None:
         self.path = path
         self.data_path = data_path
         self.num_rows = num_rows
         self.max_skipped = max_skipped
+        # rounded first, since 0.29 * 100 is a little less than 29
+        self.num_allowed = max(1, math.floor(round(max_skipped * num_rows, 6))) if max_skipped > 0 else 0
+        self.has_line = has_line
         self._named: set[tuple[str, int]] = set()
         self._met: set[int] = set()
         self._offset = 0
@@ -41,14 +53,14 @@ class SkippedRows:
 
     @property
     def count(self) -> int:
-        """Rows of the data file that were skipped so far."""
+        """Rows that were skipped so far."""
         return len(self._met)
 
     def add(self, errors: Sequence[RowError]) -> None:
         """Names rows.
 
         Raises:
-            ValueError: More than `max_skipped` of the rows are skipped by now, or all; or the file cannot be written.
+            ValueError: More rows than `max_skipped` allows are skipped by now, or all; or the file cannot be written.
         """
         if not errors:
             return
@@ -57,11 +69,11 @@ class SkippedRows:
         where = f", see {self.path}" if self.path is not None else ""
         if new:
             log.warning("skipped %d row(s), %d so far%s; the last: %s", len(new), self.count, where, new[-1])
-        if self.count == self.num_rows or self.count / self.num_rows > self.max_skipped:
-            limit = f"more than data.max_skipped = {self.max_skipped} allows"
+        if self.count == self.num_rows or self.count > self.num_allowed:
+            limit = f"and data.max_skipped = {self.max_skipped} allows {self.num_allowed:,}"
             raise ValueError(
-                f"{self.count:,} of the {self.num_rows:,} rows of {self.data_path} could not be used, "
-                f"{limit if self.count < self.num_rows else 'so none is left'}. "
+                f"{self.count:,} of {self.num_rows:,} rows ({100 * self.count / self.num_rows:.3g} %) "
+                f"from {self.data_path} could not be used, {limit if self.count < self.num_rows else 'so none is left'}. "
                 f"The last one is {errors[-1]}. Mend these rows{where}, or raise data.max_skipped"
             )
 
@@ -75,7 +87,8 @@ class SkippedRows:
                     with contextlib.suppress(OSError):  # without locks, on some network disks, a row may be named twice
                         fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
                     others = self._read_new(file)
-                    self._met |= {line for name, line in others if name == self.data_path}
+                    lines = {line for name, line in others if name == self.data_path}
+                    self._met |= lines if self.has_line is None else set(filter(self.has_line, lines))
                     self._named |= others
                     file.truncate(self._offset)  # the rest of a line, by a process that was killed in it
                     new = [error for error in new if _key(error) not in self._named]

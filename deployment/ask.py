@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from datamodules.batch import Origin
+from PIL import Image
+
+from datamodules.batch import Origin, RowError
 from datamodules.collate import collate
-from datamodules.conversation import Media, Message, Sample, Text
+from datamodules.conversation import parse_row
 from datamodules.media import ImageLimits, decode_image
 from datamodules.processor import Processor
 from datamodules.sources import MediaRoot
@@ -16,49 +18,61 @@ from models.language import Generation
 from models.multimodal import MultiModalModel
 
 
-def load(run: Path, checkpoint: Path | None = None) -> tuple[MultiModalModel, Processor]:
+def load(run: Path, checkpoint: Path | None = None, trust_remote_code: bool = False) -> tuple[MultiModalModel, Processor]:
     """The model and the processor of a run, ready to answer.
 
     Args:
         run: The run folder.
         checkpoint: One of its checkpoints; None: the newest.
+        trust_remote_code: Allow a model that was trained with this option to run its code here too.
 
     Raises:
         ValueError: The folder holds no run, or the checkpoint cannot be used.
     """
-    if checkpoint is None:
-        checkpoint = run / "checkpoints" / "last.ckpt"
     if not (run / "processor").is_dir():
-        raise ValueError(f"{run} is not the folder of a run: expected {run / 'processor'}, which a fit writes. Give --run")
-    return MultiModalModel.from_checkpoint(checkpoint), Processor.load(run / "processor")
+        raise ValueError(f"{run} is not the folder of a run: expected {run / 'processor'} in it, which a fit writes")
+    processor = Processor.load(run / "processor")
+    return MultiModalModel.from_checkpoint(checkpoint or run / "checkpoints" / "last.ckpt", trust_remote_code), processor
 
 
-def ask(run: Path, question: str, pictures: Sequence[Path] = (), options: Generation = Generation()) -> str:
-    """Asks one question and returns the answer.
+def ask(
+    model: MultiModalModel,
+    processor: Processor,
+    question: str,
+    pictures: Sequence[Path] = (),
+    options: Generation = Generation(),  # it is frozen
+) -> str:
+    """Asks one question and returns the answer: the one that `predict` gives to such a row.
 
     Args:
-        run: The run folder.
+        model: The model, built.
+        processor: Its processor.
         question: The question; pictures stand before it, or where it says <image>.
         pictures: Picture files.
         options: How to decode.
 
     Raises:
-        ValueError: The run, its checkpoint or a picture cannot be used, or the pictures are not as many as the places.
+        ValueError: A picture cannot be used, or there are not as many as places, or the model takes none.
     """
-    # a file that the user names here is the user's own: its folder is its media root
-    decoded = [(str(path), decode_image(path.name, MediaRoot(path.parent), ImageLimits())) for path in pictures]
-    pieces = question.split("<image>") if "<image>" in question else [""] * len(pictures) + [question]
-    if len(pieces) != len(pictures) + 1:
-        raise ValueError(f"the question says <image> {len(pieces) - 1} times, but {len(pictures)} picture(s) were given")
-    content: list[Text | Media] = [Text(pieces[0])]
-    for path, text in zip(pictures, pieces[1:], strict=True):
-        content += [Media("image", str(path)), Text(text)]
-    sample = Sample(Origin("question", 1), "question", (Message("user", tuple(content)),))
-    model, processor = load(run)
-    example = processor(sample, {"image": decoded} if decoded else {}, generate=True)
+    if "<image>" not in question:
+        question = "<image>" * len(pictures) + question
+    row = {"messages": [{"role": "user", "content": question}], "images": [str(path) for path in pictures]}
+    decoded = [(str(path), _open(path)) for path in pictures]
+    try:
+        sample = parse_row(row, Origin("question", 1), require_answer=False)
+        example = processor(sample, {"image": decoded} if decoded else {}, generate=True)
+    except RowError as error:
+        raise ValueError(error.reason) from error
     batch = collate([example], processor.pad_id, "left")
     answer = model.generate(batch, options, processor.eos_ids, processor.pad_id)[0]
     return processor.decode(answer).strip()
+
+
+def _open(path: Path) -> Image.Image:
+    if not path.exists():
+        raise ValueError(f"there is no picture {path}")
+    path = path.resolve()  # a file that the user names is the user's own, also where a link leads
+    return decode_image(path.name, MediaRoot(path.parent), ImageLimits())
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -67,12 +81,16 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="run folder, such as runs/demo")
     parser.add_argument("question", help="the question; pictures stand before it, or where it says <image>")
     parser.add_argument("pictures", type=Path, nargs="*", help="picture files")
+    parser.add_argument("--checkpoint", type=Path, help="one of the run's checkpoints (checkpoints/last.ckpt)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="length of the answer in tokens (64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding; above 0 tokens are drawn (0)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model: read it first")
     given = parser.parse_args(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        answer = ask(given.run, given.question, given.pictures, Generation(given.max_new_tokens, given.temperature))
+        options = Generation(given.max_new_tokens, given.temperature)
+        model, processor = load(given.run, given.checkpoint, given.trust_remote_code)
+        answer = ask(model, processor, given.question, given.pictures, options)
     except ValueError as error:
         sys.exit(f"error: {error}")
     sys.stdout.write(f"{answer}\n")

@@ -8,9 +8,10 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jsonargparse
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,6 +22,11 @@ MediaShape = tuple[int, ...]
 
 MediaTransform = Callable[[Any], Tensor]
 """Decoded media (a PIL image, frames, a waveform) to the tensor that the encoder takes. Picklable: it runs in loader workers."""
+
+DType = Literal["float32", "bfloat16", "float16"]
+"""Names of the types that weights can have."""
+
+DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Part(nn.Module):
@@ -51,6 +57,13 @@ class Part(nn.Module):
     def __init__(self, tune: Tune) -> None:
         super().__init__()
         self.tune = tune
+
+    def __getattr__(self, name: str) -> Any:
+        """Like `nn.Module.__getattr__`, but shows the AttributeError that a property raises, which that one would hide."""
+        found = inspect.getattr_static(type(self), name, None)
+        if isinstance(found, property | cached_property):  # python comes here only after it has failed
+            return found.__get__(self, type(self))
+        return super().__getattr__(name)
 
     @property
     def has_source(self) -> bool:

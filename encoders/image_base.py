@@ -14,18 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from encoders.base import Encoder, MediaShape
+from encoders.base import DTYPES, DType, Encoder, MediaShape
 from encoders.transforms import ImageTransform, Resize
 from encoders.tuning import Tune
 
 Tokens = Literal["patch", "cls", "all"]
-DType = Literal["float32", "bfloat16", "float16"]
 
-_DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FROZEN = Tune(mode="frozen")
 
 
-class Encoded(NamedTuple):
+class ImageTokens(NamedTuple):
     """What a model gives: prefix_BPD, patches_BND in row-major order, and whether the first prefix token is the class token."""
 
     prefix_BPD: Tensor
@@ -55,7 +53,7 @@ class ImageEncoder(Encoder):
         resize: How a picture gets the model's size; None: the model's own way. See `ImageTransform`.
         image_size: Edge of the square pictures in pixels, instead of the model's own; positions are interpolated.
         pool: Average the patches over blocks of `pool` × `pool`: 2 leaves a quarter of the tokens.
-        dtype: Type of the weights.
+        dtype: Type of the frozen weights; what trains is float32.
         tune: What of the encoder is trained.
 
     Raises:
@@ -84,7 +82,7 @@ class ImageEncoder(Encoder):
         self.resize = resize
         self.image_size = image_size
         self.pool = pool
-        self.dtype = _DTYPES[dtype]
+        self.dtype = torch.float32 if tune.mode == "full" else DTYPES[dtype]  # a detour by bfloat16 would round the weights
 
     @cached_property
     @abstractmethod
@@ -100,7 +98,7 @@ class ImageEncoder(Encoder):
         """The same with the weights that the options ask for."""
 
     @abstractmethod
-    def _run(self, model: nn.Module, image_BCHW: Tensor) -> Encoded:
+    def _run(self, model: nn.Module, image_BCHW: Tensor) -> ImageTokens:
         """The tokens at `layer`."""
 
     @property
@@ -139,6 +137,11 @@ class ImageEncoder(Encoder):
                     f"{type(model).__name__} takes no pictures of {height}x{width} ({one_line(error)}): "
                     "choose another image_size, or leave it null"
                 ) from error
+            except (AttributeError, TypeError) as error:
+                raise ValueError(
+                    f"{type(self).__name__} cannot run {type(model).__name__} ({one_line(error)}): choose another model, "
+                    "or write an encoder for this one"
+                ) from error
             features_BND.sum().backward()
         unused = frozenset(name for name, parameter in model.named_parameters() if parameter.grad is None)
         return _Measured(num_tokens=features_BND.shape[1], hidden_size=features_BND.shape[2], unused=unused)
@@ -171,8 +174,8 @@ def pool_grid(patches_BND: Tensor, image_size: tuple[int, int], pool: int) -> Te
     width = num_patches // max(height, 1)
     if height * width != num_patches:
         raise ValueError(
-            f"the model gives {num_patches} tokens, which are no grid over a picture of {image_size[0]}x{image_size[1]} pixels "
-            "(a masked autoencoder drops some): give a model that keeps every patch"
+            f"the model gives {num_patches} tokens, which are no grid over a picture of {image_size[0]}x{image_size[1]} pixels: "
+            "give a model that keeps one token for each patch"
         )
     if height % pool or width % pool:
         raise ValueError(

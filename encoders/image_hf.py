@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from encoders.image_base import Encoded, ImageEncoder, one_line
+from encoders.image_base import ImageEncoder, ImageTokens, one_line
 from encoders.transforms import ImageTransform, default_processor_options, processor_transform
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class HFVisionEncoder(ImageEncoder):
         if get_image_processor_config(self.name_or_path):
             options = AutoImageProcessor.from_pretrained(self.name_or_path).to_dict()
         else:
-            options = default_processor_options(config.model_type, vars(config).get("image_size", 224))
+            options = default_processor_options(config.model_type, config.to_dict().get("image_size", 224))
         return processor_transform(options, self.resize, self.image_size)
 
     def _config(self) -> "PreTrainedConfig":
@@ -65,7 +65,7 @@ class HFVisionEncoder(ImageEncoder):
         if "vision_config" in type(config).sub_configs:
             config = config.vision_config
         if self.layer is not None:
-            depth = vars(config).get("num_hidden_layers")
+            depth = config.to_dict().get("num_hidden_layers")
             if depth is None:
                 raise ValueError(f"{self.name_or_path} ({config.model_type}) has no plain stack of layers: set layer to null")
             if abs(self.layer) > depth:
@@ -121,8 +121,8 @@ class HFVisionEncoder(ImageEncoder):
             )
         return model
 
-    def _run(self, model: Any, image_BCHW: Tensor) -> Encoded:
-        config, size = vars(model.config), tuple(image_BCHW.shape[2:])
+    def _run(self, model: Any, image_BCHW: Tensor) -> ImageTokens:
+        config, size = model.config.to_dict(), tuple(image_BCHW.shape[2:])
         resized = size != _pair(config.get("image_size", size))
         interpolates = "interpolate_pos_encoding" in signature(type(model).forward).parameters
         arguments: dict[str, Any] = {"interpolate_pos_encoding": True} if resized and interpolates else {}
@@ -132,10 +132,10 @@ class HFVisionEncoder(ImageEncoder):
         tokens = output.last_hidden_state if self.layer is None else output.hidden_states[-1]
         if tokens.ndim == 4:  # a map, B D H W
             tokens = tokens.flatten(2).transpose(1, 2)
-            return Encoded(tokens[:, :0], tokens, False)
+            return ImageTokens(tokens[:, :0], tokens, False)
         num_patches = math.prod(edge // patch for edge, patch in zip(size, _pair(config.get("patch_size", 1)), strict=True))
         num_prefix = max(0, tokens.shape[1] - num_patches)  # a hierarchical model ends with fewer tokens, and no prefix
-        return Encoded(tokens[:, :num_prefix], tokens[:, num_prefix:], num_prefix > 0)
+        return ImageTokens(tokens[:, :num_prefix], tokens[:, num_prefix:], num_prefix > 0)
 
 
 @contextmanager

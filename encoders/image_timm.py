@@ -14,13 +14,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from encoders.image_base import Encoded, ImageEncoder, one_line
+from encoders.image_base import ImageEncoder, ImageTokens, one_line
 from encoders.transforms import ImageTransform, timm_transform
 
 
 @runtime_checkable
 class _HasIntermediates(Protocol):
-    """What most timm models offer beyond `forward_features`."""
+    """What most timm models offer beyond `forward_features`; timm has no base class for them."""
 
     forward_intermediates: Callable[..., list[Any]]
     prune_intermediate_layers: Callable[..., list[int]]
@@ -146,15 +146,33 @@ class TimmEncoder(ImageEncoder):
         model.pretrained_cfg.pop("state_dict")  # the weights would be held twice
         return model
 
-    def _run(self, model: Any, image_BCHW: Tensor) -> Encoded:
-        has_class = "cls_token" in dict(model.named_parameters(recurse=False))
+    def _run(self, model: Any, image_BCHW: Tensor) -> ImageTokens:
+        class_token = dict(model.named_parameters(recurse=False)).get("cls_token")
+        num_class = 0 if class_token is None else class_token.shape[1]  # two where a model was distilled
         if self._facts.block is None:
-            tokens = model.forward_features(image_BCHW)
-            if tokens.ndim == 4:
-                channels_first = vars(model).get("output_fmt", "NCHW") == "NCHW"
-                tokens = tokens.flatten(2).transpose(1, 2) if channels_first else tokens.flatten(1, 2)
-            num_prefix = vars(model).get("num_prefix_tokens", 0)
-            return Encoded(tokens[:, :num_prefix], tokens[:, num_prefix:], has_class)
+            return self._run_whole(model, image_BCHW, num_class)
+        return self._run_to_block(model, image_BCHW, num_class)
+
+    def _run_whole(self, model: Any, image_BCHW: Tensor, num_class: int) -> ImageTokens:
+        tokens = model.forward_features(image_BCHW)
+        if not isinstance(tokens, Tensor):
+            raise ValueError(
+                f"timm's {self.model_name} gives a {type(tokens).__name__} of {len(tokens)} where one tensor of patches is "
+                "needed: set layer to -1, or choose another model"
+            )
+        declared = vars(model)  # not every model of timm has the two attributes asked for below
+        if tokens.ndim == 4:
+            channels_first = declared.get("output_fmt", "NCHW") == "NCHW"
+            tokens = tokens.flatten(2).transpose(1, 2) if channels_first else tokens.flatten(1, 2)
+        num_prefix = declared.get("num_prefix_tokens", num_class)
+        if tokens.shape[1] == num_prefix and self.tokens != "cls":
+            raise ValueError(
+                f"timm's {self.model_name} gives {num_prefix} class token(s) and no patches: set tokens to cls, layer to -1, "
+                "or choose another model"
+            )
+        return ImageTokens(tokens[:, :num_prefix], tokens[:, num_prefix:], num_class > 0)
+
+    def _run_to_block(self, model: Any, image_BCHW: Tensor, num_class: int) -> ImageTokens:
         arguments: dict[str, Any] = {
             "indices": [self._facts.block],
             "norm": False,
@@ -166,4 +184,4 @@ class TimmEncoder(ImageEncoder):
             arguments["return_prefix_tokens"] = True
         [taken] = model.forward_intermediates(image_BCHW, **arguments)
         map_BDHW, prefix_BPD = taken if isinstance(taken, tuple) else (taken, taken.new_empty(len(taken), 0, taken.shape[1]))
-        return Encoded(prefix_BPD, map_BDHW.flatten(2).transpose(1, 2), has_class and prefix_BPD.shape[1] > 0)
+        return ImageTokens(prefix_BPD, map_BDHW.flatten(2).transpose(1, 2), num_class > 0 and prefix_BPD.shape[1] > 0)

@@ -41,8 +41,9 @@ class Tune:
     """What of a part is trained, and how fast.
 
     Args:
-        mode: `frozen` trains nothing, `lora` trains adapters beside frozen weights, `full` trains every weight.
-        lr: Learning rate of this part; None takes the optimizer's own.
+        mode: `frozen` trains nothing, `lora` trains adapters beside frozen weights, `full` trains every weight. What trains is
+            float32, whatever the part's `dtype`: at usual learning rates most steps are too small to move a bfloat16 weight.
+        lr: Learning rate of this part, where it is trained; None takes the optimizer's own.
         lora: The adapters, where `mode` is `lora`.
     """
 
@@ -53,12 +54,16 @@ class Tune:
     def __post_init__(self) -> None:
         if self.lr is not None and self.lr <= 0:
             raise ValueError(f"tune.lr must be above 0, got {self.lr}: to train nothing, set tune.mode to frozen")
+        if self.lr is not None and self.mode == "frozen":
+            raise ValueError(
+                f"tune.lr is {self.lr}, but tune.mode frozen trains nothing: set tune.mode to lora or full, or tune.lr to null"
+            )
 
 
 def apply_tune(tune: Tune, module: nn.Module, part: str) -> None:
     """Freezes, adapts or frees `module`, in place.
 
-    Adapters are kept in float32 also where the weights beside them are not.
+    What trains becomes float32: with `full` the whole module, buffers included, with `lora` the adapters alone.
 
     Args:
         tune: What to train.
@@ -69,6 +74,8 @@ def apply_tune(tune: Tune, module: nn.Module, part: str) -> None:
         ValueError: `lora.target_modules` matches no layer, or one that cannot be adapted.
     """
     module.requires_grad_(tune.mode == "full")
+    if tune.mode == "full":
+        module.to(torch.float32)
     if tune.mode != "lora":
         return
     from peft import LoraConfig, inject_adapter_in_model  # 5 CPU-seconds to import: only where it is used

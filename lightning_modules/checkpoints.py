@@ -1,28 +1,144 @@
-"""When checkpoints are written, and where: in the run folder, whatever the logger."""
+"""When checkpoints are written, and where; and that each of them stands between two optimizer steps."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+
+from models.checkpoint import read_checkpoint
 
 
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint that writes to `checkpoints/` in the run folder.
 
-    It keeps the newest checkpoint as `last.ckpt`, the best one where `monitor` names a metric, and saves also when a run
-    is stopped by an error or by the user.
+    It keeps the newest checkpoint as `last.ckpt`, and the best one where `monitor` names a metric.
 
     Args:
         save_last: Keep the newest checkpoint as last.ckpt.
-        save_on_exception: Save when the run is stopped by an error or by the user.
+        save_on_exception: Write last.ckpt also when the run is stopped by an error or by the user. Not with several processes:
+            the others may be elsewhere, and would be waited for in vain.
     """
 
     def __init__(self, *args: Any, save_last: bool = True, save_on_exception: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, save_last=save_last, save_on_exception=save_on_exception, **kwargs)  # type: ignore[misc]
+        self._weights_move = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settles the folder."""
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins between two steps."""
+        self._weights_move = False
+        super().on_train_start(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """From here on some weights may be new and others old."""
+        self._weights_move = True
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Weights and counters agree again: saves if it is time."""
+        self._weights_move = False
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves what was trained since the last checkpoint, unless it was stopped in the middle of an update."""
+        if trainer.state.fn != TrainerFn.FITTING or not self._should_save_on_exception(trainer):
+            return
+        progress = trainer.fit_loop.epoch_loop.batch_progress.total
+        in_update = self._weights_move and progress.processed < progress.ready  # type: ignore[attr-defined]  # declared too narrowly
+        if trainer.world_size > 1 or in_update:
+            rank_zero_info(f"stopped without a checkpoint; the last one is {self.last_model_path or 'none'}")
+            return
+        assert self.dirpath is not None
+        # before saving, because it is part of what is saved
+        self.last_model_path = self.last_model_path or str(Path(self.dirpath) / "last.ckpt")
+        try:
+            trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
+        except ValueError as error:  # a full disk must not hide what stopped the run
+            rank_zero_warn(str(error))
+            return
+        rank_zero_info(f"stopped after step {trainer.global_step:,}; --ckpt_path last goes on from {self.last_model_path}")
+
+
+class CheckpointFile(TorchCheckpointIO):
+    """Reads and writes checkpoints as Lightning does, but says in a paragraph what is wrong with one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Writes a checkpoint under a temporary name, then renames it.
+
+        Raises:
+            ValueError: It cannot be written.
+        """
+        try:
+            super().save_checkpoint(checkpoint, path, storage_options)
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be written ({error.strerror}): make room or get the right to write there, or give another run "
+                "folder with --trainer.default_root_dir"
+            ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint to the CPU, without running code from it.
+
+        Raises:
+            ValueError: There is no such file, it is damaged, or no checkpoint of ours.
+        """
+        return read_checkpoint(path)
+
+
+@dataclass(frozen=True)
+class StepStart:
+    """Where a run stood when the first batch of an optimizer step began.
+
+    A checkpoint that is written before the step is over holds the weights from before it. So it also must hold this place in
+    the data and these random generators: the resumed run takes the step from its beginning.
+    """
+
+    global_step: int
+    rng: dict[str, Any]
+    fit_loop: dict[str, Any]
+    datamodule: dict[str, Any] | None
+
+    @classmethod
+    def now(cls, trainer: Trainer) -> "StepStart":
+        """To be called when a batch begins."""
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
+        place = None if datamodule is None else datamodule.state_dict()
+        return cls(trainer.global_step, rng_state(), trainer.fit_loop.state_dict(), place)
+
+    def is_open(self, trainer: Trainer) -> bool:
+        """Whether the weights are still those of the beginning."""
+        return trainer.global_step == self.global_step
+
+    def rewind(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
+        """Sets a checkpoint back to the beginning of the step, if that is not over."""
+        if not self.is_open(trainer):
+            return
+        checkpoint["rng"] = self.rng
+        checkpoint["loops"]["fit_loop"] = self.fit_loop
+        if self.datamodule is not None:
+            name = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]  # Lightning's key
+            checkpoint[name] = self.datamodule
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of torch's random generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Sets torch's random generators to a state that `rng_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

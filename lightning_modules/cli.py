@@ -1,29 +1,26 @@
-"""The command line's behaviour: what is linked, where a run lives, and errors that a user can act on."""
+"""The command line's behaviour: what is linked, where a run lives, and which checkpoint is meant."""
 
-import dataclasses
-import difflib
-import inspect
 import logging
 import os
 import pydoc
-import re
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import lightning.pytorch as L
+from jsonargparse import Namespace
 from lightning.pytorch.cli import ActionConfigFile, LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from encoders.base import Part
 from lightning_modules.callbacks import ProgressBar
-from lightning_modules.checkpoints import RunCheckpoint
+from lightning_modules.checkpoints import CheckpointFile, RunCheckpoint
+from lightning_modules.cli_errors import explain, reason, show_user_errors
 from lightning_modules.samples import SamplePage
 
-ROOT = Path(__file__).resolve().parent.parent
+__all__ = ["OmniLitCLI", "Parser", "explain", "find_checkpoint", "quiet_lightning", "show_user_errors"]
 
 
 class Parser(LightningArgumentParser):
@@ -33,12 +30,17 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints one paragraph and exits with 2."""
+        """Prints one paragraph and exits with 2; inside jsonargparse, which tries out what fits, it raises."""
+        if not self.exit_on_error:
+            super().error(message, ex)
         sys.stderr.write(f"error: {explain(message, self._option_names())}\n")
         sys.exit(2)
 
     def _option_names(self) -> list[str]:
-        return [option.removeprefix("--") for action in self._actions for option in action.option_strings]
+        names = [option.removeprefix("--") for action in self._actions for option in action.option_strings]
+        subcommands = [action.choices for action in self._actions if isinstance(action.choices, Mapping)]
+        parsers = [parser for choices in subcommands for parser in choices.values() if isinstance(parser, Parser)]
+        return names + [name for parser in parsers for name in parser._option_names()]
 
 
 class OmniLitCLI(LightningCLI):
@@ -58,6 +60,9 @@ class OmniLitCLI(LightningCLI):
         parser.add_lightning_class_args(SamplePage, "samples")
         parser.set_defaults({"trainer.default_root_dir": "runs/default"})
 
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the checkpoint unread: Lightning would look for hyperparameters in it, and ours hold none."""
+
     def before_instantiate_classes(self) -> None:
         """Settles the run folder, and finds the checkpoint before anything is built.
 
@@ -68,12 +73,33 @@ class OmniLitCLI(LightningCLI):
         if "WANDB_SWEEP_ID" in os.environ and (run_id := os.environ.get("WANDB_RUN_ID")):
             # the agent runs one command again and again and says only here which run this is
             config.trainer.default_root_dir = str(Path(config.trainer.default_root_dir) / run_id)
-            config.trainer.logger.init_args.save_dir = config.trainer.default_root_dir
+            if isinstance(config.trainer.logger, Namespace):
+                config.trainer.logger.init_args.save_dir = config.trainer.default_root_dir
         if config.trainer.enable_progress_bar is not False and not _has_progress_bar(config.trainer.callbacks or []):
             self.trainer_defaults["callbacks"] = [*self.trainer_defaults["callbacks"], ProgressBar()]
         if "ckpt_path" in config:
             config.ckpt_path = find_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir))
             config.weights_only = True  # a checkpoint is read without running code from it
+
+    def instantiate_classes(self) -> None:
+        """Makes the model, the data module and the trainer.
+
+        Raises:
+            ValueError: An option has a value that its class refuses.
+        """
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            raise ValueError(reason(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The trainer, with checkpoints that are checked when they are read."""
+        config = self.config_init[self.subcommand] if self.subcommand is not None else self.config_init
+        given = config.trainer.plugins or []
+        plugins = given if isinstance(given, list) else [given]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, CheckpointFile()]
+        return super().instantiate_trainer(plugins=plugins, **kwargs)
 
 
 def _has_progress_bar(callbacks: list[Any]) -> bool:
@@ -101,44 +127,6 @@ def find_checkpoint(ckpt_path: str | None, run_folder: Path) -> str | None:
     return ckpt_path
 
 
-def explain(message: str, option_names: list[str]) -> str:
-    """The reason of a parser's error in one paragraph, with the nearest valid name where a name is wrong."""
-    name = next((found for pattern in _WRONG_NAME for found in re.findall(pattern, message)), None)
-    if name is None:
-        return " ".join(line.strip() for line in message.splitlines() if line.strip())
-    known = {*option_names, *_signature_names()}
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f" Did you mean {nearest[0]}?" if nearest else " See --help, or --model.help CLASS for the options of a class."
-    return f"{name} is no known name here.{hint}"
-
-
-_WRONG_NAME = (
-    r"unrecognized arguments: --([\w.]+)",
-    r"Option '([\w.]+)' is not accepted",
-    r"Key '([\w.]+)' is not expected",
-    r'Key "([\w.]+)" is not expected',
-    r"Expected a dot import path string: (\w+)",
-)
-
-
-def _signature_names() -> Iterator[str]:
-    """Names of all parts, modules and their options that are imported, options of dataclasses included."""
-    pending: list[Any] = [Part, L.LightningModule, L.LightningDataModule]
-    seen: set[Any] = set()
-    while pending:
-        cls = pending.pop()
-        if cls in seen:
-            continue
-        seen.add(cls)
-        pending += cls.__subclasses__()
-        yield cls.__name__
-        for parameter in inspect.signature(cls).parameters.values():
-            yield parameter.name
-            for kind in (parameter.annotation, *get_args(parameter.annotation)):
-                if dataclasses.is_dataclass(kind):
-                    pending.append(kind)
-
-
 def quiet_lightning() -> None:
     """Leaves out what Lightning says for its own sake: advertisements, and a warning about our frozen parts."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -146,20 +134,3 @@ def quiet_lightning() -> None:
     )
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # what is frozen stays in eval mode
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # of its own code
-
-
-def show_user_errors(hook: Callable[..., None]) -> Callable[..., None]:
-    """An exception hook that shows a ValueError of our own as its text alone: it is written for the user.
-
-    Any other exception, also a ValueError from inside a library, goes to `hook` with its traceback.
-    """
-
-    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        raised_in = Path(traceback.extract_tb(trace)[-1].filename) if trace is not None else ROOT
-        ours = raised_in.is_relative_to(ROOT) and "site-packages" not in raised_in.parts
-        if isinstance(error, ValueError) and ours:
-            sys.stderr.write(f"\nerror: {error}\n")
-        else:
-            hook(kind, error, trace)
-
-    return show

@@ -8,21 +8,29 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from datamodules.batch import Batch
+from datamodules.batch import MODALITIES, Batch
 from datamodules.processor import Processor, PromptOptions
 from encoders.base import Encoder, Part, Projector
+from lightning_modules.checkpoints import StepStart, rng_state, set_rng_state
+from lightning_modules.epoch_means import EpochMeans
 from lightning_modules.losses import AnswerScores, cross_entropy, score_answers, supervised, supervised_rows
 from lightning_modules.optim import WarmupCosine, parameter_groups
+from lightning_modules.step_loss import StepLoss
 from models.checkpoint import fingerprints, load_saved, saved_names, start_from
 from models.language import Generation, LanguageModel
-from models.multimodal import EncodedMedia, MultiModalModel, shuffle_media
+from models.multimodal import EncodedMedia, MultiModalModel, rows_with_other_media, shuffle_media
 
 Stage = Literal["train", "val", "test"]
+
+METRICS = ("loss", "exact_match", "accuracy", "media_gain")
+"""What an evaluation measures: the loss of a supervised token (nats); the share of rows whose answer greedy decoding gives,
+and of rows with choices where it does among these; the growth of the loss of rows that are shown another row's media.
+"""
 
 
 class MultiModalLitModule(L.LightningModule):
@@ -72,9 +80,12 @@ class MultiModalLitModule(L.LightningModule):
         self.init_from = init_from
         self.strict_loading = False  # load_state_dict below is stricter: exactly what a checkpoint must hold
         self._warm_started: set[str] = set()
-        self._rng_state: dict[str, Any] | None = None
+        self._rng: dict[str, Any] | None = None
         self._fingerprints: dict[str, str] = {}
         self._fingerprinted: set[str] | None = None
+        self._step_start: StepStart | None = None
+        self._step_loss = StepLoss()
+        self._means = EpochMeans(METRICS)
 
     def configure_model(self) -> None:
         """Makes the weights, once, on the device and in the shards that the strategy wants."""
@@ -98,28 +109,42 @@ class MultiModalLitModule(L.LightningModule):
         """Last hidden states, hidden_BTD."""
         return self.model(batch, encoded)
 
-    def step(self, batch: Batch, stage: Stage) -> Tensor | None:
-        """The loss of a batch, logged: mean negative log-likelihood of a supervised token.
+    def step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor] | None:
+        """The loss of a batch: negative log-likelihood of its supervised tokens (nats), and their number.
 
         Returns:
-            The loss, or None for a batch all of whose rows were skipped.
+            Sum and count; who calls it divides once. None for a batch all of whose rows were skipped.
         """
         if not batch["examples"]:
-            return self._loss_of_nothing()
+            return None
         if stage != "train":
-            return self._evaluate(batch, stage)
+            return self._evaluate(batch)
         language_model = self.model.language_model
         hidden_SD, labels_S = supervised(self(batch), batch["labels_BT"])
         total, count, _ = cross_entropy(
             hidden_SD, language_model.head, labels_S, softcap=language_model.softcap, scale=language_model.logit_scale
         )
-        loss = total / count
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["examples"]))
-        return loss
+        return total, count
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """One training batch."""
-        return self.step(batch, "train")
+        """One training batch: its summed loss. Lightning leaves a batch without a loss out."""
+        result = self.step(batch, "train")
+        if result is not None:
+            self._step_loss.add(*result, batch["examples"])
+        total = None if result is None else result[0]
+        if self.trainer.world_size > 1:
+            total = self._touch_idle_parts(total, batch)
+        # Lightning divides by the number of batches of a step; `on_before_optimizer_step` divides by that of tokens
+        return None if total is None else total * self.trainer.accumulate_grad_batches
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divides the gradients by the step's supervised tokens, on all processes; clipping comes after.
+
+        Raises:
+            ValueError: The loss is not finite.
+        """
+        if (loss := self._step_loss.divide(self.trainer, self.parameters())) is not None:
+            self.log("train/loss", loss, prog_bar=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """One validation batch."""
@@ -156,6 +181,8 @@ class MultiModalLitModule(L.LightningModule):
 
     def generate(self, batch: Batch) -> list[str]:
         """Answers left-padded prompts, as `generation` says."""
+        if not batch["examples"]:
+            return []
         answers = self.model.generate(batch, self.generation, self.processor.eos_ids, self.processor.pad_id)
         return [self.processor.decode(answer).strip() for answer in answers]
 
@@ -164,7 +191,10 @@ class MultiModalLitModule(L.LightningModule):
         groups = parameter_groups({name: (part, part.tune.lr) for name, part in self.parts().items()})
         optimizer = self.optimizer(groups)
         if self.lr_scheduler is not None:
-            return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
+            chosen = self.lr_scheduler(optimizer)
+            if isinstance(chosen, ReduceLROnPlateau):
+                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": chosen, "monitor": chosen.monitor}}
+            return {"optimizer": optimizer, "lr_scheduler": chosen}
         total_steps = self.trainer.estimated_stepping_batches
         if total_steps == float("inf"):
             raise ValueError(
@@ -182,13 +212,16 @@ class MultiModalLitModule(L.LightningModule):
         if self._fingerprinted != names:  # frozen weights do not change: once a run will do
             self._fingerprints, self._fingerprinted = fingerprints(self.model, names), names
         checkpoint["fingerprints"] = self._fingerprints
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        checkpoint["rng"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        checkpoint["warm_started"] = sorted(self._warm_started)
+        checkpoint["rng"] = rng_state()
+        if self._step_start is not None:
+            self._step_start.rewind(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes up what `on_save_checkpoint` added."""
-        self._rng_state = checkpoint["rng"]
+        self._rng = checkpoint["rng"]
         self._fingerprints = checkpoint["fingerprints"]
+        self._warm_started = set(checkpoint["warm_started"])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads the weights of a checkpoint of this very run.
@@ -200,35 +233,56 @@ class MultiModalLitModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Sets the random generators to where the checkpoint left them; the set-up of a resumed run has drawn from them."""
-        if self._rng_state is not None:
-            torch.set_rng_state(self._rng_state["cpu"])
-            if self._rng_state["cuda"]:
-                torch.cuda.set_rng_state_all(self._rng_state["cuda"])
-            self._rng_state = None
+        self._step_start = None
+        self._step_loss.reset()
+        if self._rng is not None:
+            set_rng_state(self._rng)
+            self._rng = None
 
-    def _evaluate(self, batch: Batch, stage: Stage) -> Tensor:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Keeps where an optimizer step began, for a checkpoint that is written before the step is over."""
+        if self._step_start is None or not self._step_start.is_open(self.trainer):
+            self._step_start = StepStart.now(self.trainer)
+
+    def on_validation_epoch_start(self) -> None:
+        """Begins to count."""
+        self._means.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val/` and each of `METRICS`."""
+        self._log_means("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Begins to count."""
+        self._means.reset()
+
+    def on_test_epoch_end(self) -> None:
+        """Logs `test/` and each of `METRICS`."""
+        self._log_means("test")
+
+    def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         encoded = self.model.encode(batch)
         scores = self.score(batch, encoded)
-        count = int(scores.count_B.sum())
-        loss = scores.nll_B.sum() / count
-        self._log_mean(f"{stage}/loss", loss, count)
-        self._log_mean(f"{stage}/exact_match", scores.exact_B.float().mean(), len(scores.exact_B))
-        if closed := int(scores.closed_B.sum()):
-            self._log_mean(f"{stage}/accuracy", scores.choice_B[scores.closed_B].float().mean(), closed)
+        nll, count = scores.nll_B.sum(), scores.count_B.sum()
+        self._means.add("loss", nll, count)
+        self._means.add("exact_match", scores.exact_B.sum(), len(scores.exact_B))
+        self._means.add("accuracy", scores.choice_B.sum(), scores.closed_B.sum())  # choice_B is False where nothing is closed
         if (shuffled := shuffle_media(batch)) is not None:
-            other = self.score(shuffled, encoded)
-            self._log_mean(f"{stage}/media_gain", other.nll_B.sum() / count - loss, count)
-        return loss
+            moved_B = rows_with_other_media(batch, shuffled)
+            gain_B = self.score(shuffled, encoded).nll_B - scores.nll_B
+            self._means.add("media_gain", gain_B[moved_B].sum(), scores.count_B[moved_B].sum())
+        return nll, count
 
-    def _log_mean(self, name: str, value: Tensor, weight: int) -> None:
-        """Logs the mean over the epoch, each batch weighted by what it is a mean of."""
-        self.log(name, value, on_step=False, on_epoch=True, prog_bar=name == "val/loss", batch_size=weight, sync_dist=True)
+    def _log_means(self, stage: Stage) -> None:
+        for metric, mean in self._means.compute(self.trainer).items():
+            self.log(f"{stage}/{metric}", mean, prog_bar=(stage, metric) == ("val", "loss"), sync_dist=True)
 
-    def _loss_of_nothing(self) -> Tensor | None:
-        """None, which Lightning skips; beside other processes 0 with a gradient of 0, since all of them must step."""
-        if self.trainer.world_size == 1 or not self.trainer.training:
-            return None
-        return torch.stack([0.0 * p.sum() for p in self.parameters() if p.requires_grad]).sum()
+    def _touch_idle_parts(self, loss: Tensor | None, batch: Batch) -> Tensor:
+        """Adds 0, with a gradient of 0 for the parts that the batch has no use for: each process must have all gradients."""
+        idle = {f"{modality}_{kind}" for modality in MODALITIES if modality not in batch for kind in ("encoder", "projector")}
+        parts = [part for name, part in self.parts().items() if loss is None or name in idle]
+        zeros = [p.flatten()[:0].sum() for part in parts for p in part.parameters() if p.requires_grad]
+        return sum(zeros, torch.zeros((), device=self.device) if loss is None else loss)
 
     def _saved_names(self) -> set[str]:
         return saved_names(self.model) | self._warm_started

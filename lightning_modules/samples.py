@@ -98,7 +98,7 @@ def _ask(
 
     answers = module.generate(batch([row.prompt for row in chosen], generate=True))
     answered = batch([row.answered for row in chosen], generate=False)
-    scores = module.score(answered, module.model.encode(answered))
+    scores = module.score(answered)
     in_fit = trainer.state.fn == "fit"
     checkpoint = f" {Path(trainer.ckpt_path).name}" if trainer.ckpt_path else ""
     val_loss = trainer.callback_metrics.get("val/loss")

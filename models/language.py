@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from encoders.base import Part
+from encoders.base import DTYPES, DType, Part
 from encoders.tuning import Tune
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class LanguageModel(Part):
     Args:
         name_or_path: Name on the hub, or a folder with `config.json`.
         pretrained: Load the weights; False draws random ones for the configuration, for tests.
-        dtype: Type of the frozen weights. Adapters are float32 in any case.
+        dtype: Type of the frozen weights; what trains is float32.
         attn_implementation: Attention kernel, as transformers names it; None: sdpa where the model has it, else eager.
         trust_remote_code: Run Python code that comes with the checkpoint. Read that code first.
         tune: What is trained, LoRA on q_proj and v_proj by default.
@@ -68,7 +66,7 @@ class LanguageModel(Part):
         self,
         name_or_path: str,
         pretrained: bool = True,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: DType = "float32",
         attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None,
         trust_remote_code: bool = False,
         tune: Tune = Tune(mode="lora"),
@@ -122,7 +120,8 @@ class LanguageModel(Part):
         from transformers import AutoModelForCausalLM
 
         options: dict[str, Any] = {
-            "dtype": DTYPES[self.dtype],
+            # what trains is float32, and a detour would round float32 checkpoints
+            "dtype": torch.float32 if self.tune.mode == "full" else DTYPES[self.dtype],
             "attn_implementation": self.attn_implementation,
             "trust_remote_code": self.trust_remote_code,
         }

@@ -209,6 +209,16 @@ def shuffle_media(batch: Batch) -> Batch | None:
     return shuffled if moved else None  # type: ignore[return-value]
 
 
+def rows_with_other_media(batch: Batch, shuffled: Batch) -> Tensor:
+    """Which rows have other media in `shuffled` than in `batch`: moved_B, boolean."""
+    moved_B = torch.zeros(len(batch["tokens_BT"]), dtype=torch.bool, device=batch["tokens_BT"].device)
+    for modality in MODALITIES:
+        if modality in batch:
+            media = batch[modality]
+            moved_B[media["row_O"][media["item_O"] != shuffled[modality]["item_O"]]] = True
+    return moved_B
+
+
 def _shuffle_items(media: MediaBatch) -> Tensor:
     item_O = media["item_O"].clone()
     different: dict[tuple[int, ...], list[list[int]]] = {}  # by numbers of tokens: the different items of the rows

@@ -62,7 +62,7 @@ def test_rows_are_padded_on_the_right() -> None:
 def test_rows_are_padded_on_the_left_for_generation() -> None:
     prompts = examples()
     for prompt in prompts:
-        prompt.labels, prompt.choices = [], None
+        prompt.labels, prompt.choices = [IGNORED] * len(prompt.tokens), None
     batch = collate(prompts, PAD, "left")
     assert batch["tokens_BT"].tolist() == [[7, 7, 5, 7, 11, 12], [PAD, PAD, PAD, 5, 21, 22], [PAD, PAD, 7, 7, 31, 32]]
     assert batch["labels_BT"].tolist() == [[IGNORED] * 6] * 3
@@ -101,6 +101,18 @@ def test_what_tables_and_counts_need_comes_along() -> None:
     assert [(row["id"], row["line"]) for row in batch["examples"]] == [("first", 1), ("second", 4), ("third", 9)]
     assert batch["skipped"] == [error]
     assert batch["num_dropped_tokens"] == 5
+
+
+@pytest.mark.parametrize(("side", "num_supervised"), [("right", 4), ("left", 5)])
+def test_tokens_and_labels_are_counted(side: Literal["left", "right"], num_supervised: int) -> None:
+    """A label at the very first place of a row is predicted from nothing; on the left, padding stands before it."""
+    rows = examples()
+    rows[1].labels = [5, 21, IGNORED]
+    batch = collate(rows, PAD, side)
+    assert (batch["num_tokens"], batch["num_supervised"]) == (13, num_supervised)
+    assert type(batch["num_tokens"]) is type(batch["num_supervised"]) is int
+    nothing = collate([], PAD, side)
+    assert (nothing["num_tokens"], nothing["num_supervised"]) == (0, 0)
 
 
 def test_the_other_rows_do_not_see_a_skipped_one() -> None:

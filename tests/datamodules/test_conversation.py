@@ -224,6 +224,15 @@ REFUSED: dict[str, tuple[Row, str]] = {
         {"system": "<image>", "messages": TURN, "images": ["x"]},
         "'system' has the role system and holds media",
     ),
+    "preference without a prompt": ({"chosen": "a", "rejected": "b"}, "'chosen' is a text and there is no 'prompt'"),
+    "chosen is a number": ({"prompt": "q", "chosen": 3}, "'chosen' must be a list of messages, got a number"),
+    "a message of chosen": ({"prompt": "q", "chosen": [{"role": "bot", "content": ""}]}, "message 1 of 'chosen' has the unknown"),
+    "chosen is the question": ({"chosen": [user("q")]}, "expected an assistant's message at the end of 'chosen', but the row"),
+    "nothing in the prompt": ({"prompt": [], "chosen": "a"}, "'prompt' is an empty list"),
+    "two implied in a preference": (
+        {"prompt": "q", "chosen": "a", "images": ["x", "y"]},
+        "0 <image> in the messages, but 2 in 'images'",
+    ),
     "id is a list": ({"messages": TURN, "id": [1]}, "'id' must be a text or a whole number, got a list"),
     "id is true": ({"messages": TURN, "id": True}, "'id' must be"),
     "choices are a text": (

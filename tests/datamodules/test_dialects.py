@@ -1,10 +1,12 @@
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 
 from datamodules.batch import Origin, RowError
-from datamodules.conversation import Media, Message, PromptTemplate, Sample, Text, parse_row
+from datamodules.conversation import Media, Message, Sample, Text, parse_row
+from datamodules.prompt_template import PromptTemplate
 
 ORIGIN = Origin("rows.jsonl", 7)
 Row = dict[str, Any]
@@ -68,6 +70,14 @@ BUS_ROWS: dict[str, Row] = {
         "conversations": [{"from": "user", "value": "What is this?"}, {"from": "assistant", "value": "A bus."}],
     },
     "query": {"query": "<image>What is this?", "response": "A bus.", "images": ["bus.jpg"], "history": []},
+    "preference": {"prompt": "<image>What is this?", "chosen": "A bus.", "images": ["bus.jpg"]},
+    "preference, implied": {"prompt": "What is this?", "chosen": "A bus.", "image": "bus.jpg"},
+    "preference, messages": {
+        "prompt": [user([{"type": "image"}, PART])],
+        "chosen": [assistant("A bus.")],
+        "images": ["bus.jpg"],
+    },
+    "preference, whole": {"chosen": [user("<image>What is this?"), assistant("A bus.")], "images": ["bus.jpg"]},
     "alpaca": {"instruction": "<image>What is this?", "input": "", "output": "A bus.", "images": ["bus.jpg"], "system": ""},
 }
 
@@ -75,7 +85,9 @@ BUS_ROWS: dict[str, Row] = {
 @pytest.mark.parametrize("row", BUS_ROWS.values(), ids=BUS_ROWS.keys())
 def test_every_form_becomes_the_same_sample(row):
     before = copy.deepcopy(row)
-    assert parse_row(row, ORIGIN) == BUS
+    sample = parse_row(row, ORIGIN)
+    assert sample.columns == {key: value for key, value in row.items() if key == "chosen"}
+    assert dataclasses.replace(sample, columns={}) == BUS
     assert row == before
 
 
@@ -134,6 +146,52 @@ def test_history_comes_first_and_is_supervised(row):
     sample = parse_row(row, ORIGIN)
     assert [message.text for message in sample.messages] == ["s", "q1", "a1", "q2", "a2", "q3", "a3"]
     assert [message.supervised for message in sample.messages] == [False, False, True, False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [("a.png", "b.png"), ([assistant("a.png")], [assistant("b.png")])],
+)
+def test_both_sides_of_a_preference_row_stay_among_its_columns(chosen, rejected):
+    sample = parse_row({"system": "s", "prompt": "q", "chosen": chosen, "rejected": rejected, "margin": 2}, ORIGIN)
+    assert [(message.role, message.text) for message in sample.messages] == [
+        ("system", "s"),
+        ("user", "q"),
+        ("assistant", "a.png"),
+    ]
+    assert sample.columns == {"chosen": chosen, "rejected": rejected, "margin": 2}
+    native = {"messages": [user("q"), assistant("a.png")], "rejected_response": "b.png"}
+    assert parse_row(native, ORIGIN).columns == {"rejected_response": "b.png"}
+
+
+def test_what_stands_in_the_prompt_of_a_preference_row_is_not_learnt():
+    prompt = [user("q1"), assistant("a1"), user("q2"), assistant("a2", loss=True), user("q3")]
+    sample = parse_row({"prompt": prompt, "chosen": [assistant("a3")], "rejected": "no"}, ORIGIN)
+    assert [message.supervised for message in sample.messages] == [False, False, False, True, False, True]
+    whole = parse_row({"chosen": [*prompt, assistant("a3")], "rejected": [*prompt, assistant("no")]}, ORIGIN)
+    assert [message.supervised for message in whole.messages] == [False, True, False, True, False, True]
+
+
+def test_a_preference_row_without_an_answer_serves_prediction():
+    sample = parse_row({"prompt": "q", "chosen": ""}, ORIGIN, require_answer=False)
+    assert sample.messages == (Message("user", (Text("q"),)),)
+
+
+def test_a_flat_row_has_system_and_history_like_the_others():
+    row = {"question": "q2", "answer": "a2", "system": "s", "history": [["q1", "a1"]], "image": "x.png"}
+    sample = parse_row(row, ORIGIN, prompt_template="Q: {question}")
+    texts = [message.text for message in sample.messages]
+    assert texts == ["s", "<image>q1", "a1", "Q: q2", "a2"] and sample.columns == {}
+    placed = parse_row(row, ORIGIN, prompt_template="<image>{question}")
+    assert [message.text for message in placed.messages] == ["s", "q1", "a1", "<image>q2", "a2"]
+    with pytest.raises(RowError, match="'history' must be a list of"):
+        parse_row({**row, "history": "long"}, ORIGIN, prompt_template="{question}")
+
+
+def test_a_column_that_the_template_names_is_no_system_message():
+    row = {"system": "Linux", "history": "old", "answer": "a"}
+    sample = parse_row(row, ORIGIN, prompt_template="{system} is {history}")
+    assert [message.text for message in sample.messages] == ["Linux is old", "a"] and sample.columns == {}
 
 
 def test_alpaca_joins_instruction_and_input():

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.batch import IGNORE_INDEX, Origin, RowError
+from datamodules.chat_tokenizer import MEDIA_TOKENS
 from datamodules.conversation import Sample, parse_row
 from datamodules.processor import Processor, PromptOptions
 from datamodules.tokens import Encoded
@@ -92,8 +93,8 @@ def pictures() -> list[tuple[str, Image.Image]]:
 def test_media_are_expanded_in_their_places(folders: dict[Style, str], style: Style) -> None:
     made = processor(folders[style])
     example = made(sample("the <image> and <image>?", "a bus", images=2), {"image": pictures()})
-    image = made.media_token_id("image")
-    placeholder = made.media_token("image")
+    image = made.chat.media_ids["image"]
+    placeholder = MEDIA_TOKENS["image"]
     text = f"the {placeholder * 3} and {placeholder}?"
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "a bus"}]
     assert example.tokens == made.tokenizer.apply_chat_template(messages)["input_ids"]
@@ -112,7 +113,7 @@ def test_all_ids_but_those_of_media_are_the_tokenizers_own(folders: dict[Style, 
     size = len(make_tokenizer(folders["chatml"], "chatml"))
     made = processor(folders["chatml"])
     example = made(sample("<image> é 🙂 \x00 中文", "…", images=1), {"image": pictures()[:1]})
-    assert {token for token in example.tokens if token >= size} == {made.media_token_id("image")}
+    assert {token for token in example.tokens if token >= size} == {made.chat.media_ids["image"]}
 
 
 def test_generate_ends_where_training_starts(folders: dict[Style, str]) -> None:

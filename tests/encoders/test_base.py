@@ -1,6 +1,7 @@
 import copy
 import json
 import pickle
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_part_comes_back_from_its_json(part):
 
 def test_options_of_a_subclass_are_remembered_flat():
     part = Scaled(depth=1, scale=3.0)
-    assert part.options == {"depth": 1, "scale": 3.0}
+    assert part.options == {**MLPProjector().options, "depth": 1, "scale": 3.0}
     assert (part.depth, part.scale) == (1, 3.0)
     again = pickle.loads(pickle.dumps(part))
     assert again.options == part.options
@@ -101,3 +102,31 @@ def test_lora_keeps_the_statistics_of_the_frozen_weights():
     before = norm.running_mean.clone()
     part.model(torch.randn(4, 6, generator=torch.Generator().manual_seed(5)))
     assert torch.equal(norm.running_mean, before)
+
+
+@pytest.mark.parametrize("path", ["encoders.image.TimmEncoder", "encoders.image_timm.TimmEncoder", "TimmEncoder"])
+def test_every_name_of_a_class_makes_the_same_part(path):
+    part = Encoder.from_spec({"class_path": path, "init_args": {"model_name": "test_vit", "pool": 2}})
+    assert type(part) is TimmEncoder
+    assert part.spec() == TimmEncoder(model_name="test_vit", pool=2).spec()
+
+
+class Slips(Normed):
+    """A researcher's part whose properties have slips."""
+
+    @property
+    def plain(self) -> int:
+        return self.width.no_such_plain
+
+    @cached_property
+    def cached(self) -> int:
+        return self.plain
+
+
+def test_slip_in_a_property_shows_its_own_message():
+    part = Slips()
+    for name in ("plain", "cached"):
+        with pytest.raises(AttributeError, match="'int' object has no attribute 'no_such_plain'"):
+            getattr(part, name)
+    with pytest.raises(AttributeError, match="'Slips' object has no attribute 'missing'"):
+        part.missing  # noqa: B018

@@ -7,7 +7,7 @@ from torch import nn
 
 from encoders.image import TimmEncoder
 from encoders.image_base import pool_grid
-from encoders.tuning import Tune
+from encoders.tuning import LoRA, Tune
 
 
 def pixels(*shape: int) -> torch.Tensor:
@@ -125,3 +125,50 @@ def test_dtype_of_the_weights(dtype):
     encoder.build()
     assert {parameter.dtype for parameter in encoder.parameters()} == {getattr(torch, dtype)}
     assert encoder(pixels(1, 3, 160, 160))[0].dtype == getattr(torch, dtype)
+
+
+def test_full_mode_trains_float32_weights_without_a_detour():
+    states = []
+    for dtype in ("float32", "bfloat16"):
+        encoder = TimmEncoder(model_name="test_vit", pretrained=False, image_size=32, dtype=dtype, tune=Tune(mode="full"))
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            encoder.build()
+        states.append(encoder.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    before = {key: parameter.detach().clone() for key, parameter in encoder.named_parameters()}
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-5, weight_decay=0.0)
+    features_BND, _ = encoder(pixels(2, 3, 32, 32))
+    (features_BND * pixels(*features_BND.shape)).sum().backward()
+    optimizer.step()
+    for key, parameter in encoder.named_parameters():
+        used = parameter.grad.abs() > 1e-6
+        assert used.any(), key
+        assert (parameter != before[key])[used].float().mean() > 0.99, key
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("tune", [Tune(mode="full"), Tune(mode="lora", lora=LoRA(target_modules=("qkv", "patch_embed.proj")))])
+def test_bfloat16_weights_run_whatever_trains(tune, autocast):
+    encoder = TimmEncoder(model_name="test_vit", pretrained=False, image_size=32, dtype="bfloat16", tune=tune)
+    encoder.build()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        features_BND, _ = encoder(pixels(2, 3, 32, 32))
+    features_BND.float().square().sum().backward()
+    trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    assert trained
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert all(parameter.grad is not None for parameter in trained)
+
+
+class Broken(TimmEncoder):
+    """A researcher's encoder with a slip."""
+
+    def _run(self, model, image_BCHW):
+        return model.no_such_layer(image_BCHW)
+
+
+def test_slip_in_a_run_is_named_and_keeps_its_cause():
+    with pytest.raises(ValueError, match="Broken cannot run VisionTransformer.*no_such_layer") as caught:
+        Broken(model_name="test_vit", pretrained=False).num_tokens((1, 1))
+    assert isinstance(caught.value.__cause__, AttributeError)

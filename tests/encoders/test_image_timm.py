@@ -166,3 +166,21 @@ def test_lora_names_the_layers_there_are():
     assert len(trainable) == 2 * len(encoder.model.blocks)
     assert set(trainable.values()) == {torch.float32}
     assert encoder(pixels(1, 3, 160, 160))[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("pit_ti_224", "pit_ti_224 gives 1 class token"),
+        ("pit_ti_distilled_224", "pit_ti_distilled_224 gives 2 class token"),
+        ("crossvit_tiny_240", "crossvit_tiny_240 gives a list of 2"),
+    ],
+)
+def test_models_without_patches_after_their_last_layer_are_refused(name, given):
+    with pytest.raises(ValueError, match=given):
+        TimmEncoder(model_name=name, pretrained=False).num_tokens((1, 1))
+
+
+def test_class_token_that_timm_does_not_declare_is_no_patch():
+    assert TimmEncoder(model_name="volo_d1_224", pretrained=False).num_tokens((1, 1)) == (224 // 16) ** 2
+    assert TimmEncoder(model_name="pit_ti_224", pretrained=False, tokens="cls").num_tokens((1, 1)) == 1

@@ -36,6 +36,20 @@ def test_lora_trains_adapters_alone_and_in_float32():
     assert adapters["blocks.0.v_proj.lora_B.default.weight"].shape == (4, 3)
 
 
+def test_full_trains_in_float32():
+    module = make_module(torch.bfloat16)
+    module.register_buffer("scale", torch.ones(3, dtype=torch.bfloat16))
+    module.register_buffer("count", torch.arange(3))
+    values = {name: value.clone() for name, value in module.state_dict().items()}
+    apply_tune(Tune(mode="full"), module, part="X")
+    assert {value.dtype for name, value in module.state_dict().items() if name != "count"} == {torch.float32}
+    assert module.get_buffer("count").dtype == torch.int64
+    assert all(torch.equal(value, values[name].to(value.dtype)) for name, value in module.state_dict().items())
+    module = make_module(torch.bfloat16)
+    apply_tune(Tune(mode="frozen"), module, part="X")
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(("use_rslora", "scale"), [(False, 6 / 4), (True, 6 / math.sqrt(4))])
 def test_lora_computes_the_scaled_update(use_rslora, scale):
     generator = torch.Generator().manual_seed(5)
@@ -90,3 +104,6 @@ def test_lora_options_are_checked(options):
 def test_learning_rate_is_checked():
     with pytest.raises(ValueError, match=r"set tune\.mode to frozen"):
         Tune(lr=0.0)
+    with pytest.raises(ValueError, match=r"tune\.lr is 0\.001, but tune\.mode frozen"):
+        Tune(mode="frozen", lr=1e-3)
+    assert Tune(mode="lora", lr=1e-3).lr == 1e-3

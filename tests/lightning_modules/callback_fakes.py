@@ -71,7 +71,6 @@ class FakeModule(LightningModule):
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator)
         self.processor = FakeProcessor()
-        self.model = SimpleNamespace(encode=lambda batch: None)
         self.detach_bridge = False
         self.asked: list[Batch] = []
 
@@ -85,7 +84,7 @@ class FakeModule(LightningModule):
         self.asked.append(batch)
         return [f"answer {example['id']}" for example in batch["examples"]]
 
-    def _score(self, batch: Batch, encoded: None) -> SimpleNamespace:
+    def score(self, batch: Batch) -> SimpleNamespace:
         rows = len(batch["examples"])
         return SimpleNamespace(nll_B=torch.arange(1.0, rows + 1), count_B=torch.full((rows,), 2))
 

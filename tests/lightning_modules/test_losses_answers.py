@@ -106,14 +106,14 @@ class TestScoreAnswers:
         others_S = (labels_S + 1) % V
         choices_SK = torch.stack([others_S, labels_S], dim=1)
         choices_SK[5] = labels_S[5]  # a single way to go on, and an unlikely one
-        choices_SK[1] = -1  # row 0 is not closed everywhere
+        choices_SK[1] = -1  # row 0 is closed at its first position only, and that is what counts
 
         scores = score_answers(hidden_SD, head, labels_S, choices_SK, row_S, chunk_size=4, num_rows=5)
 
         assert scores.count_B.tolist() == [2, 0, 3, 1, 0]
         assert scores.exact_B.tolist() == [True, False, False, False, False]
-        assert scores.closed_B.tolist() == [False, False, True, True, False]
-        assert scores.choice_B.tolist() == [False, False, False, True, False]
+        assert scores.closed_B.tolist() == [True, False, True, True, False]
+        assert scores.choice_B.tolist() == [True, False, False, True, False]
         nll_S = F.cross_entropy(head(hidden_SD), labels_S, reduction="none")
         expected_B = torch.stack([nll_S[row_S == row].sum() for row in range(5)])
         torch.testing.assert_close(scores.nll_B, expected_B.detach(), rtol=1e-6, atol=0)

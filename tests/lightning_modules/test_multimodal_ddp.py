@@ -1,0 +1,132 @@
+"""Two processes on the CPU, which share one batch between them."""
+
+import json
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+from datamodules.batch import Batch
+from encoders.image import HFVisionEncoder
+from encoders.projectors import MLPProjector
+from encoders.tuning import LoRA, Tune
+from lightning_modules.checkpoints import RunCheckpoint
+from lightning_modules.multimodal import MultiModalLitModule, Stage
+from models.language import LanguageModel
+from tests.lightning_modules.run_fakes import make_data, make_trainer, weights, write_rows
+
+Job = Callable[[Path, dict[str, Any]], None]
+
+
+def sgd(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=0.1)
+
+
+@pytest.fixture
+def train(tiny_llm: Path, tiny_clip: Path) -> Callable[..., None]:
+    """`train(folder, rows, strategy_options, kind=..., **data_options)`: fits, tests, and keeps weights and metrics."""
+
+    def job(
+        folder: Path,
+        rows: Path,
+        trainer_options: dict[str, Any],
+        kind: type[MultiModalLitModule] = MultiModalLitModule,
+        **data: Any,
+    ) -> None:
+        torch.manual_seed(4)
+        language_model = LanguageModel(str(tiny_llm), tune=Tune(mode="lora", lora=LoRA(target_modules=("q_proj", "v_proj"))))
+        module = kind(language_model, HFVisionEncoder(str(tiny_clip), layer=-2), MLPProjector(), optimizer=sgd)
+        datamodule = make_data(module, rows, **data)
+        trainer = make_trainer(folder, RunCheckpoint(), **trainer_options)
+        trainer.fit(module, datamodule)
+        (metrics,) = trainer.test(module, datamodule, verbose=False)
+        torch.save(weights(module), folder / f"{trainer.global_rank}.pt")
+        (folder / f"{trainer.global_rank}.json").write_text(json.dumps(metrics))
+
+    return job
+
+
+def in_two_processes(job: Callable[..., None], *arguments: Any, **options: Any) -> list[int | None]:
+    """Runs a job in each of two forked processes; returns their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def run(rank: int) -> None:
+        # as torchrun tells it
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        os.environ.update({name: str(value) for name, value in {**names, **address}.items()})
+        # processes that wait for each other in vain give up
+        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=30))
+        job(*arguments, {"strategy": strategy, "devices": 2}, **options)
+
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def kept(folder: Path, rank: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    return torch.load(folder / f"{rank}.pt", weights_only=True), json.loads((folder / f"{rank}.json").read_text())
+
+
+def test_two_processes_do_what_one_does_with_twice_the_batch(train: Callable[..., None], tmp_path: Path) -> None:
+    """Each row has as many supervised tokens; every fifth has no picture, so in some steps one of the two has none."""
+    rows = write_rows(tmp_path / "rows.jsonl", 10, answers=["red"])
+    train(tmp_path / "one", rows, {}, batch_size=2)
+    assert in_two_processes(train, tmp_path / "two", rows, batch_size=1) == [0, 0]
+    expected, metrics = kept(tmp_path / "one", 0)
+    for rank in range(2):
+        got, got_metrics = kept(tmp_path / "two", rank)
+        for name, tensor in expected.items():
+            assert torch.allclose(got[name], tensor, atol=1e-6), name
+        for name in ("test/loss", "test/exact_match", "test/accuracy"):
+            assert got_metrics[name] == pytest.approx(metrics[name], rel=1e-5)
+    assert "test/media_gain" in metrics  # in batches of one row there is nothing to swap
+
+
+def test_what_only_one_process_has_keeps_nobody_waiting(train: Callable[..., None], tmp_path: Path) -> None:
+    """One of the two has no usable row at all in the first step, and none that is closed or has another's picture."""
+    rows = write_rows(tmp_path / "rows.jsonl", 8, answers=["red", "It is a bus."])
+    lines = rows.read_text().splitlines()
+    lines[1], lines[3] = '{"messages": []}', "{}"
+    rows.write_text("\n".join(lines) + "\n")
+    options = {"batch_size": 2, "shuffle": False, "max_skipped": 0.5}
+    assert in_two_processes(train, tmp_path, rows, **options) == [0, 0]
+    (first, metrics), (second, other) = kept(tmp_path, 0), kept(tmp_path, 1)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert metrics == other
+    assert metrics.keys() == {"test/loss", "test/exact_match", "test/accuracy", "test/media_gain"}
+
+
+class Fails(MultiModalLitModule):
+    def step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor] | None:
+        if self.trainer.global_rank == 1 and self.trainer.global_step == 2:
+            raise ValueError("only here")
+        return super().step(batch, stage)
+
+
+class Broken(MultiModalLitModule):
+    def step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor] | None:
+        loss = super().step(batch, stage)
+        assert loss is not None
+        broken = self.trainer.global_rank == 1 and self.trainer.global_step == 2
+        return (loss[0] * float("nan"), loss[1]) if broken else loss
+
+
+@pytest.mark.parametrize("kind", [Fails, Broken])
+def test_an_error_of_one_process_ends_both(train: Callable[..., None], tmp_path: Path, kind: type[MultiModalLitModule]) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 10)
+    assert in_two_processes(train, tmp_path, rows, batch_size=1, kind=kind) == [1, 1]
+    assert not list(tmp_path.rglob("*.ckpt"))
