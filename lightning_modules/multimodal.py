@@ -21,7 +21,7 @@ from lightning_modules.epoch_means import EpochMeans
 from lightning_modules.losses import AnswerScores, cross_entropy, score_answers, supervised, supervised_rows
 from lightning_modules.optim import WarmupCosine, parameter_groups
 from lightning_modules.step_loss import StepLoss
-from models.checkpoint import fingerprints, load_saved, saved_names, start_from
+from models.checkpoint import check_options, fingerprints, load_saved, saved_names, start_from
 from models.language import Generation, LanguageModel
 from models.multimodal import EncodedMedia, MultiModalModel, rows_with_other_media, shuffle_media
 
@@ -218,7 +218,12 @@ class MultiModalLitModule(L.LightningModule):
             self._step_start.rewind(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes up what `on_save_checkpoint` added."""
+        """Takes up what `on_save_checkpoint` added.
+
+        Raises:
+            ValueError: A part has another option than in the run that wrote the checkpoint.
+        """
+        check_options(self.model.spec()["parts"], checkpoint["model"]["parts"])
         self._rng = checkpoint["rng"]
         self._fingerprints = checkpoint["fingerprints"]
         self._warm_started = set(checkpoint["warm_started"])

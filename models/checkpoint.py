@@ -148,6 +148,43 @@ def other_bases(model: "MultiModalModel", expected: Mapping[str, str], held: Ite
     return [part for part, fingerprint in fingerprints(model, held).items() if expected.get(part) != fingerprint]
 
 
+ELSEWHERE = {"name_or_path", "checkpoint_path", "pretrained", "dtype", "attn_implementation", "trust_remote_code"}
+"""Options that say where weights come from or how they are computed; the fingerprints judge the weights themselves."""
+
+HOW_FAST = {"tune.lr", "tune.lora.dropout", "tune.mode"}
+"""Options of training that do not change what a checkpoint's weights compute."""
+
+
+def check_options(parts: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuses parts that would compute something else with the weights of a checkpoint.
+
+    Args:
+        parts: Specs of the model's parts, by name.
+        saved: Those of the checkpoint's; a part that only one of the two has is not compared.
+
+    Raises:
+        ValueError: An option differs, such as the scale of an adapter or an activation.
+    """
+    for name in parts.keys() & saved.keys():
+        own, other = _flat(parts[name]), _flat(saved[name])
+        for option in sorted(own.keys() | other.keys()):
+            last = option.removeprefix("init_args.")
+            if last.startswith("tune.lora.") and parts[name]["init_args"]["tune"]["mode"] != "lora":
+                continue
+            if last not in ELSEWHERE | HOW_FAST and own.get(option) != other.get(option):
+                raise ValueError(
+                    f"the checkpoint was trained with {name}.{last} = {other.get(option)}, but here it is {own.get(option)}: its "
+                    "weights would compute something else. Give the part the option that it was trained with"
+                )
+
+
+def _flat(spec: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries by dotted name; tuples as lists, as JSON has them."""
+    if not isinstance(spec, Mapping):
+        return {prefix: list(spec) if isinstance(spec, tuple) else spec}
+    return {name: leaf for key, value in spec.items() for name, leaf in _flat(value, f"{prefix}.{key}".strip(".")).items()}
+
+
 def describe_difference(missing: set[str], unexpected: set[str]) -> str:
     """A sentence about names that differ."""
     parts = []
@@ -166,7 +203,7 @@ def start_from(model: "MultiModalModel", path: str | Path) -> tuple[set[str], se
         Names that were loaded, and names that the model will save but were not in the checkpoint (they start afresh).
 
     Raises:
-        ValueError: The checkpoint holds weights that the model has no place for.
+        ValueError: The checkpoint holds weights that the model has no place for, or whose part has other options now.
     """
     checkpoint = read_checkpoint(path)
     state = checkpoint["state_dict"]
@@ -178,6 +215,8 @@ def start_from(model: "MultiModalModel", path: str | Path) -> tuple[set[str], se
             "an adapter or a projector would be lost. Give the parts the same options (LoRA rank and target_modules, projector) "
             "as in that run"
         )
+    held = {name.split(".")[0] for name in state}
+    check_options(model.spec()["parts"], {name: spec for name, spec in checkpoint["model"]["parts"].items() if name in held})
     if other := [part for part in other_bases(model, checkpoint["fingerprints"], state) if part in checkpoint["fingerprints"]]:
         log.warning("init_from: %s was trained beside other frozen weights of %s than this run has", path, " and ".join(other))
     model.load_state_dict(state, strict=False)

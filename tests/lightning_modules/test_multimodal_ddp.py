@@ -61,6 +61,7 @@ def in_two_processes(job: Callable[..., None], *arguments: Any, **options: Any) 
         port = free.getsockname()[1]
 
     def run(rank: int) -> None:
+        os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier test: Lightning would seed with it again
         # as torchrun tells it
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}

@@ -1,3 +1,4 @@
+import json
 import logging
 import shutil
 from functools import cached_property
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from encoders.base import Encoder, MediaShape, MediaTransform
 from encoders.projectors import MLPProjector
 from encoders.tuning import LoRA, Tune
-from models.checkpoint import fingerprints, load_saved, read_checkpoint, saved_names, start_from
+from models.checkpoint import check_options, fingerprints, load_saved, read_checkpoint, saved_names, start_from
 from models.language import Generation, LanguageModel
 from models.multimodal import MultiModalModel
 
@@ -272,3 +273,33 @@ def test_a_warm_start_on_another_base_warns(model_folder, make_model, tmp_path, 
     with caplog.at_level(logging.WARNING):
         start_from(model, path)
     assert "trained beside other frozen weights of language_model than this run has" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "value"),
+    [
+        ("language_model", "tune.lora.alpha", 64.0),
+        ("language_model", "tune.lora.use_rslora", True),
+        ("image_projector", "activation", "relu"),
+        ("image_encoder", "tokens", "all"),
+    ],
+)
+def test_an_option_that_changes_what_weights_compute_is_named(make_model, part, option, value):
+    parts = make_model().spec()["parts"]
+    saved = json.loads(json.dumps(parts))
+    check_options(parts, saved)
+    place = saved[part]["init_args"]
+    *path, last = option.split(".")
+    for key in path:
+        place = place[key]
+    place[last] = value
+    with pytest.raises(ValueError, match=rf"(?s){part}\.{option} = {value}, but here it is"):
+        check_options(parts, saved)
+
+
+def test_where_weights_lie_and_how_fast_they_learn_may_differ(make_model):
+    parts = make_model().spec()["parts"]
+    saved = json.loads(json.dumps(parts))
+    saved["language_model"]["init_args"] |= {"name_or_path": "elsewhere", "dtype": "bfloat16"}
+    saved["language_model"]["init_args"]["tune"] |= {"lr": 0.5}
+    check_options(parts, saved)
