@@ -44,7 +44,8 @@ class MultiModalLitModule(L.LightningModule):
         image_projector: From its features to the language model's embeddings.
         prompt: Chat template, system message, and length limit.
         optimizer: Any optimizer; its lr holds for the parts that do not set their own.
-        lr_scheduler: Any scheduler, stepped once an epoch; None: linear warm-up, then cosine to 0, stepped once a step.
+        lr_scheduler: Any scheduler; None: linear warm-up, then cosine to 0.
+        lr_scheduler_interval: When `lr_scheduler` is stepped.
         warmup_ratio: Share of the steps that warm up, where `lr_scheduler` is None.
         generation: How answers are decoded in prediction and for the sample page.
         init_from: A checkpoint whose trained weights to start from (a warm start: no optimizer, no place in the data).
@@ -59,6 +60,7 @@ class MultiModalLitModule(L.LightningModule):
         prompt: PromptOptions = PromptOptions(),
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: Literal["step", "epoch"] = "step",
         warmup_ratio: float = 0.03,
         generation: Generation = Generation(),
         init_from: str | None = None,
@@ -75,6 +77,7 @@ class MultiModalLitModule(L.LightningModule):
         )
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.lr_scheduler_interval = lr_scheduler_interval
         self.warmup_ratio = warmup_ratio
         self.generation = generation
         self.init_from = init_from
@@ -194,7 +197,7 @@ class MultiModalLitModule(L.LightningModule):
             chosen = self.lr_scheduler(optimizer)
             if isinstance(chosen, ReduceLROnPlateau):
                 return {"optimizer": optimizer, "lr_scheduler": {"scheduler": chosen, "monitor": chosen.monitor}}
-            return {"optimizer": optimizer, "lr_scheduler": chosen}
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": chosen, "interval": self.lr_scheduler_interval}}
         total_steps = self.trainer.estimated_stepping_batches
         if total_steps == float("inf"):
             raise ValueError(

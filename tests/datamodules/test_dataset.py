@@ -52,6 +52,14 @@ def test_a_row_becomes_what_the_processor_makes_of_it(path: Path, processor: Pro
         assert torch.equal(picture(got), picture(expected))
 
 
+def test_the_lines_of_its_rows(path: Path, processor: Processor) -> None:
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(["", *lines[:3], "  ", "", *lines[3:]]))  # rows 0 to 5 stand in lines 2, 3, 4, 7, 8, 9
+    for rows, expected in ((None, [2, 3, 4, 7, 8, 9]), ([0, 2, 3, 5], [2, 4, 7, 9]), ([4], [8])):
+        dataset = make(path, processor, rows=rows)
+        assert [line for line in range(12) if dataset.has_line(line)] == expected
+
+
 def test_prompts_for_generation_need_no_answer(path: Path, processor: Processor) -> None:
     question = {"id": "q", "messages": [{"role": "user", "content": "What is it?"}]}
     path.write_text(json.dumps(question) + "\n" + json.dumps(make_row(1)) + "\n")

@@ -108,21 +108,45 @@ def rows(batch: Any) -> list[tuple[dict[str, Any], tuple[list[int], list[int], t
 def test_too_many_bad_rows_stop_the_run(dataset: Callable[..., RecordingDataset], tmp_path: Path, num_workers: int) -> None:
     bad = bad_lines(tmp_path)
     loader = make_loader(dataset(bad), folder=tmp_path, max_skipped=0.5, num_workers=num_workers)
-    with pytest.raises(ValueError, match=r"4 of the 7 rows of .*rows\.jsonl could not be used.*or raise data\.max_skipped$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^4 of 7 rows \(57\.1 %\) from .*rows\.jsonl could not be used.* allows 3\. .*or raise data\.max_skipped$",
+    ):
         list(loader)
     enough = make_loader(dataset(bad), folder=tmp_path, max_skipped=4 / 7)
     assert len(epochs(enough, 3)) == 12
 
 
 def test_the_batch_that_stops_the_run_is_not_lost(dataset: Callable[..., RecordingDataset], tmp_path: Path) -> None:
-    loader = make_loader(dataset(bad_lines(tmp_path)), max_skipped=0.1, progress=lambda: Progress(0, len(finished)))
+    loader = make_loader(dataset(bad_lines(tmp_path)), max_skipped=0.0, progress=lambda: Progress(0, len(finished)))
     finished: list[Any] = []
-    with pytest.raises(ValueError, match="data.max_skipped"):
+    with pytest.raises(ValueError, match="data.max_skipped = 0.0 allows 0"):
         finished.extend(loader)
     mended = make_loader(dataset())
     mended.load_state_dict(loader.state_dict())
     rest = list(mended)
     assert mended.row_counts()["trained"] == NUM_ROWS and sum(map(len, ids(rest))) == NUM_ROWS - 2 * len(finished)
+
+
+def test_media_are_counted_as_they_are_delivered(dataset: Callable[..., RecordingDataset], tmp_path: Path) -> None:
+    twice = make_row(4, "4.png")
+    twice["messages"][0]["content"] = "<image>like<image>?"
+    twice["images"] *= 2
+    lines = {1: json.dumps(make_row(1)), 4: json.dumps(twice), 5: json.dumps(make_row(5, "missing.png"))}
+    loader = make_loader(dataset(lines), num_workers=1)
+    assert loader.media_counts() == {"image": 0, "video": 0, "audio": 0}
+    for _ in range(2):
+        delivered = 0
+        for batch in loader:
+            delivered += sum({"1": 0, "4": 2}.get(example["id"], 1) for example in batch["examples"])
+            assert loader.media_counts()["image"] == delivered
+        assert loader.media_counts() == {"image": 6, "video": 0, "audio": 0}
+    take(loader, 2)
+    resumed = make_loader(dataset(lines))
+    resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    assert resumed.media_counts() == loader.media_counts() != {"image": 6, "video": 0, "audio": 0}
+    list(resumed)
+    assert resumed.media_counts()["image"] == 6
 
 
 def test_cut_tokens_are_counted(

@@ -12,5 +12,5 @@ def test_media_shape() -> None:
 
 @pytest.mark.parametrize("path", ["encoders.base.NoSuchPart", "no_such_module.Part", "Part"])
 def test_a_class_that_is_not_there_is_named(path: str) -> None:
-    with pytest.raises(ValueError, match=f"needs the class '{path}', which cannot be imported"):
+    with pytest.raises(ValueError, match=f"needs the class '{path}', which is not there"):
         part_from_spec({"class_path": path, "init_args": {}})

@@ -72,31 +72,42 @@ def test_too_many_stop_the_run(path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         skipped.add([error(40, "not JSON")])
     assert str(caught.value) == (
-        "30 of the 100 rows of rows.jsonl could not be used, more than data.max_skipped = 0.29 allows. The last one is "
+        "30 of 100 rows (30 %) from rows.jsonl could not be used, and data.max_skipped = 0.29 allows 29. The last one is "
         f"rows.jsonl:40: not JSON. Mend these rows, see {path}, or raise data.max_skipped"
     )
     assert len(lines(path)) == 30
 
 
-@pytest.mark.parametrize("num_rows", [1, 7, 100, 300])
+@pytest.mark.parametrize("num_rows", [7, 100, 300])
 @pytest.mark.parametrize("percent", [1, 7, 29, 57])
 def test_exactly_the_share_is_allowed(num_rows: int, percent: int) -> None:
-    allowed = percent * num_rows // 100
+    allowed = max(1, percent * num_rows // 100)
     skipped = make(None, percent / 100, num_rows)
     skipped.add([error(line + 1) for line in range(allowed)])
-    with pytest.raises(ValueError, match=rf"{allowed + 1} of the {num_rows} rows"):
+    with pytest.raises(ValueError, match=rf"^{allowed + 1} of {num_rows} rows .* allows {allowed}\."):
         skipped.add([error(num_rows)])
+
+
+def test_one_bad_row_passes_in_a_small_file_unless_none_may() -> None:
+    skipped = make(None, 0.01, num_rows=10)
+    skipped.add([error(4)])
+    with pytest.raises(ValueError, match=r"^2 of 10 rows \(20 %\) from rows.jsonl could not .* = 0.01 allows 1\."):
+        skipped.add([error(7)])
+    with pytest.raises(ValueError, match=r"^1 of 300 rows \(0.333 %\) .* = 0.0 allows 0\."):
+        make(None, 0.0, num_rows=300).add([error(4)])
+    with pytest.raises(ValueError, match=r"^1 of 1 rows \(100 %\) .*, so none is left\."):
+        make(None, 0.01, num_rows=1).add([error(1)])
 
 
 def test_a_file_of_bad_rows_is_never_allowed() -> None:
     skipped = make(None, max_skipped=1.0, num_rows=3)
     skipped.add([error(1), error(3)])
-    with pytest.raises(ValueError, match="3 of the 3 rows of rows.jsonl could not be used, so none is left"):
+    with pytest.raises(ValueError, match=r"^3 of 3 rows \(100 %\) from rows.jsonl could not be used, so none is left"):
         skipped.add([error(2)])
 
 
 def test_a_row_that_was_mended_before_a_resume_does_not_count(path: Path) -> None:
-    with pytest.raises(ValueError, match="51 of the 100"):
+    with pytest.raises(ValueError, match="^51 of 100 rows"):
         make(path).add([error(line) for line in range(1, 52)])
     resumed = make(path)
     resumed.add([error(3), error(60)])
@@ -110,9 +121,21 @@ def test_rows_of_other_processes_count(path: Path) -> None:
     second.add([error(3), error(2)])
     first.add([error(4)])
     assert (first.count, second.count) == (4, 3)
-    with pytest.raises(ValueError, match="5 of the 100 rows"):
+    with pytest.raises(ValueError, match="^5 of 100 rows"):
         second.add([error(5)])
     assert [row["line"] for row in read(path) if row["file"] == "rows.jsonl"] == [1, 2, 3, 4, 5]
+
+
+def test_rows_of_another_split_of_the_file_do_not_count(path: Path) -> None:
+    train = SkippedRows(path, "rows.jsonl", 50, 0.04, lambda line: line % 2 == 1)
+    val = SkippedRows(path, "rows.jsonl", 50, 0.04, lambda line: line % 2 == 0)
+    train.add([error(1)])
+    val.add([error(2), error(4)])
+    train.add([error(3)])
+    assert (train.count, val.count) == (2, 2)
+    with pytest.raises(ValueError, match="^3 of 50 rows"):
+        val.add([error(6)])
+    assert lines(path) == [1, 2, 4, 3, 6]
 
 
 def _add_some(path: Path, rank: int, barrier: Barrier) -> None:

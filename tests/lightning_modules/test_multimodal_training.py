@@ -97,10 +97,16 @@ class TestOptimizer:
             assert [step[name] for step in seen] == pytest.approx([0.02 * factor for factor in factors])
         assert seen[0].keys() == {"language_model", "image_projector", "image_projector/no_decay"}  # the encoder is frozen
 
-    def test_another_scheduler_steps_once_an_epoch(self, make_lit_module: MakeModule, rows: Path, tmp_path: Path) -> None:
-        module = make_lit_module(lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5))
-        seen = self.rates(module, rows, tmp_path, max_epochs=3, limit_train_batches=2)
-        assert [step["language_model"] for step in seen] == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025, 0.025])
+    @pytest.mark.parametrize(("interval", "expected"), [("step", [0.1, 0.05, 0.025, 0.0125]), ("epoch", [0.1, 0.1, 0.05, 0.05])])
+    def test_another_scheduler_steps_as_it_is_told(
+        self, make_lit_module: MakeModule, rows: Path, tmp_path: Path, interval: str, expected: list[float]
+    ) -> None:
+        module = make_lit_module(
+            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
+            lr_scheduler_interval=interval,
+        )
+        seen = self.rates(module, rows, tmp_path, max_epochs=2, limit_train_batches=2)
+        assert [step["language_model"] for step in seen] == pytest.approx(expected)
 
     def test_a_scheduler_may_follow_a_metric(self, make_lit_module: MakeModule, rows: Path, tmp_path: Path) -> None:
         plateau = {"monitor": "val/loss", "factor": 0.5, "patience": 0, "threshold": 100.0, "threshold_mode": "abs"}
