@@ -31,6 +31,9 @@ def main() -> None:
         shutil.rmtree(RUN)  # the demo's own folder: each demo is a run of its own
 
     from train import main as train  # after the conversions: it takes seconds to import
+    from train import quiet_lightning
+
+    quiet_lightning()
 
     say("2/4  before training: a 10-way question about 500 pictures never seen")
     before = _test(train)
