@@ -35,7 +35,7 @@ class MultiModalDataModule(L.LightningDataModule):
         media_root: Folder below which the rows' media lie; None: the folder of the split's file.
         prompt_template: The prompt of flat rows, with their columns in braces: "Question: {question}".
         val_fraction: Share of the training rows that is held out for validation where there is no `val_path`. Rows that
-            share a medium stay on one side. To find them, each process reads the file once when a run starts (about 40
+            share a medium stay on one side. To find them, each process reads the file once when a run starts (about 80
             seconds for 1,000,000 rows): write a file of validation rows where that is too long.
         batch_size: Rows a training batch, on each device.
         eval_batch_size: Rows a batch elsewhere; None: as in training.

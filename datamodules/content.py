@@ -11,14 +11,14 @@ from datamodules.rows import MEDIA_KEYS, Row, UnusableRowError, kind_of
 _PLACEHOLDERS: dict[str, Modality] = {f"<{modality}>": modality for modality in MODALITIES}
 _SPLIT_PLACEHOLDERS = re.compile(f"({'|'.join(_PLACEHOLDERS)})")
 
-
-_SUFFIXES = (
-    "jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]|jp2|mp4|m4v|mkv|webm|avi|mov|mpe?g|wmv|flv|ogv|"
-    "wav|flac|mp3|ogg|opus|m4a|aac|wma|aiff?"
-)
-_LOOKS_LIKE_MEDIA = re.compile(
-    rf"data:(image|video|audio)/.*|https?://\S+\.({_SUFFIXES})([?#]\S*)?|[^\n]+\.({_SUFFIXES})", re.IGNORECASE | re.DOTALL
-)
+_DATA_URIS = tuple(f"data:{modality}/" for modality in MODALITIES)
+# fmt: off
+_SUFFIXES = frozenset({
+    "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jp2",
+    "mp4", "m4v", "mkv", "webm", "avi", "mov", "mpg", "mpeg", "wmv", "flv", "ogv",
+    "wav", "flac", "mp3", "ogg", "opus", "m4a", "aac", "wma", "aif", "aiff",
+})
+# fmt: on
 _ANSWERS = frozenset({"chosen", "rejected", "rejected_response"})
 """Columns of preference rows, whose texts may end in any word."""
 
@@ -137,13 +137,21 @@ def refuse_unread_media(columns: Row) -> None:
 
 def _find_medium(value: Any) -> str | None:
     match value:
-        case str() if _LOOKS_LIKE_MEDIA.fullmatch(value.strip()):
+        case str() if _looks_like_medium(value.strip()):
             return value
         case list():
             return next(filter(None, map(_find_medium, value)), None)
         case {"path": item} | {"url": item}:
             return _find_medium(item)
     return None
+
+
+def _looks_like_medium(text: str) -> bool:
+    if text[:8].lower().startswith(("http://", "https://")):
+        text = re.split("[?#]", text, maxsplit=1)[0]
+    stem, _, suffix = text.rpartition(".")
+    is_name = stem != "" and "\n" not in stem and suffix.lower() in _SUFFIXES
+    return is_name or text[:11].lower().startswith(_DATA_URIS)
 
 
 def is_blank(content: Sequence[Piece]) -> bool:

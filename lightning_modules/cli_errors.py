@@ -2,11 +2,11 @@
 
 import dataclasses
 import difflib
+import dis
 import inspect
 import pydoc
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -179,10 +179,15 @@ _IN_WORKER = re.compile(
 
 
 def _is_for_the_user(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    if not isinstance(error, ValueError) or not frames:
+    """Whether a raise statement of ours raised it; one that Python or a library raises is a fault, and needs its traceback."""
+    trace = error.__traceback__
+    if not isinstance(error, ValueError) or trace is None:
         return False
-    return _is_ours(frames[-1].filename) and (frames[-1].line or "").startswith("raise ")
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    # the instruction, and not the line: the file may have been edited since the run began
+    return _is_ours(code.co_filename) and code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _is_ours(file: str) -> bool:
