@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_modules.run_folder import cannot_write, run_folder
 from models.checkpoint import read_checkpoint
 
 
@@ -33,7 +34,7 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settles the folder."""
         if self.dirpath is None:
-            self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+            self.dirpath = str(run_folder(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,10 +83,7 @@ class CheckpointFile(TorchCheckpointIO):
         try:
             super().save_checkpoint(checkpoint, path, storage_options)
         except OSError as error:
-            raise ValueError(
-                f"{path} cannot be written ({error.strerror}): make room or get the right to write there, or give another run "
-                "folder with --trainer.default_root_dir"
-            ) from error
+            raise ValueError(cannot_write(Path(path), error)) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint to the CPU, without running code from it.

@@ -36,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise ValueError(_cannot_write(path, error)) from error
+        raise ValueError(cannot_write(path, error)) from error
 
 
 class RunFolder(SaveConfigCallback):
@@ -143,10 +143,11 @@ class RunFolder(SaveConfigCallback):
             module.processor.save(folder / "processor")
             write_text(folder / "model.json", json.dumps(module.model_spec(), indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise ValueError(_cannot_write(folder, error)) from error
+            raise ValueError(cannot_write(folder, error)) from error
 
 
-def _cannot_write(path: Path, error: OSError) -> str:
+def cannot_write(path: Path, error: OSError) -> str:
+    """What to say of a file or folder that belongs to a run and cannot be written."""
     return (
         f"{path} cannot be written ({error.strerror}): make room or get the right to write there, "
         "or give another run folder with --trainer.default_root_dir"
