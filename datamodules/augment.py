@@ -4,8 +4,20 @@ import hashlib
 import math
 import random
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from PIL import Image, ImageEnhance
+
+
+class Augment(Protocol):
+    """A random change of decoded media of one kind."""
+
+    @property
+    def is_random(self) -> bool:
+        """False where every change is off."""
+
+    def __call__(self, decoded: Any, generator: random.Random, /) -> Any:
+        """Changes a medium; what it was given stays as it is."""
 
 
 def rng(seed: int, epoch: int, row: int, occurrence: int) -> random.Random:

@@ -9,11 +9,13 @@ from typing import Any, Literal, TypeVar
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
+from datamodules.augment import Augment
 from datamodules.batch import MODALITIES, Batch, Example, Modality, RowError
 from datamodules.collate import collate
 from datamodules.dataset import MultiModalDataset
 from datamodules.jsonl import JsonlFile
 from datamodules.loader import Progress, RowLoader, StatefulLoader
+from datamodules.media import MediaLimits
 from datamodules.processor import Processor
 from datamodules.skipped import SkippedRows
 from datamodules.split import hold_out
@@ -44,6 +46,7 @@ class MultiModalDataModule(L.LightningDataModule):
         max_skipped: Share of the rows of a split that may be skipped (bad media, too long, malformed) before the run stops,
             rounded down; one row may be in any case, however few there are, unless this is 0.
         seed: Seed of the order of the rows, of the split and of the augmentation.
+        limits: How big media may be, before they are decoded.
         processor: Comes from the model; not set by hand.
     """
 
@@ -62,6 +65,7 @@ class MultiModalDataModule(L.LightningDataModule):
         shuffle: bool = True,
         max_skipped: float = 0.01,
         seed: int = 0,
+        limits: MediaLimits = MediaLimits(),  # it is frozen
         processor: Processor | None = None,
     ) -> None:
         super().__init__()
@@ -82,13 +86,15 @@ class MultiModalDataModule(L.LightningDataModule):
         self.shuffle = shuffle
         self.max_skipped = max_skipped
         self.seed = seed
+        self.limits = limits
         self.processor = processor
+        self.augment: dict[Modality, Augment] = {}
         self.train_loader: StatefulLoader | None = None
         self._resume_state: dict[str, Any] | None = None
         self._loaders: list[RowLoader] = []
 
     def dataset(self, split: Split, rows: Sequence[int] | None = None) -> MultiModalDataset:
-        """The dataset of a split. Subclasses override it to add what their modality has, such as augmentation.
+        """The dataset of a split, augmented where it trains.
 
         Args:
             split: Which one.
@@ -103,9 +109,11 @@ class MultiModalDataModule(L.LightningDataModule):
             self.media_root if self.media_root is not None else str(Path(path).parent),
             self._processor(),
             prompt_template=self.prompt_template,
+            augment=self.augment if split == "train" else None,
             seed=self.seed,
             rows=rows,
             generate=split == "predict",
+            limits=self.limits,
         )
 
     def path(self, split: Split) -> str:

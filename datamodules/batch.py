@@ -89,8 +89,9 @@ class Example:
 class MediaBatch(TypedDict):
     """The media of one modality in a batch; each unique item is stacked, and encoded, once.
 
-    `media` is (N, ...); `mask` marks its real elements (None: all); `item_O` gives the unique item of each
-    occurrence, in the order of the placeholders (row by row); `row_O` its row; `num_tokens_O` its placeholders.
+    `media` is (N, ...); `mask`, (N, T), marks what is real along its first dimension after N (None: all); `item_O` gives the
+    unique item of each occurrence, in the order of the placeholders (row by row); `row_O` its row; `num_tokens_O` its
+    placeholders.
     """
 
     media: Tensor

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from datamodules.batch import IGNORE_INDEX, MODALITIES, Batch, Example, MediaBatch, MediaItem, RowError
 
@@ -76,13 +77,27 @@ def _stack_media(rows: Sequence[Sequence[MediaItem]]) -> MediaBatch:
             item_O.append(unique[item.key])
             row_O.append(row)
             num_tokens_O.append(item.num_tokens)
+    padded, mask = pad_time(media)
     return MediaBatch(
-        media=torch.stack(media),
-        mask=None,
+        media=padded,
+        mask=mask,
         item_O=torch.tensor(item_O),
         row_O=torch.tensor(row_O),
         num_tokens_O=torch.tensor(num_tokens_O),
     )
+
+
+def pad_time(items: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Stacks tensors that differ in their first dimension only; padding is 0.
+
+    Returns:
+        The stack (N, T, ...), and mask_NT, True where it is real; None where all have one length.
+    """
+    lengths = [len(item) for item in items]
+    if len(set(lengths)) == 1:
+        return torch.stack(list(items)), None
+    mask_NT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return pad_sequence(list(items), batch_first=True), mask_NT
 
 
 def _stack_choices(examples: Sequence[Example]) -> Tensor:

@@ -1,17 +1,18 @@
 """Rows of a JSONL file as examples: media found, decoded, augmented and put through the model's processor."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch.utils.data import Dataset
 
-from datamodules.augment import ImageAugment, rng
-from datamodules.batch import Example, Modality, RowError
+from datamodules.augment import Augment, rng
+from datamodules.batch import MODALITIES, Example, Modality, RowError
+from datamodules.content import Media
 from datamodules.conversation import Sample, parse_row
 from datamodules.jsonl import JsonlFile
-from datamodules.media import ImageLimits, decode_image
+from datamodules.media import Decoded, MediaLimits, decode
 from datamodules.processor import Processor
 from datamodules.prompt_template import PromptTemplate
 from datamodules.sources import MediaError, MediaRoot, content_key
@@ -35,12 +36,12 @@ class MultiModalDataset(Dataset[Example]):
         media_root: Folder below which the rows' media lie.
         processor: The model's own; turns samples into examples.
         prompt_template: For flat rows, for example "Question: {question}".
-        modality: The modality whose augmentation `augment` is.
-        augment: Random augmentation of each medium, for training; None: none.
+        modality: The modality of a single `augment`.
+        augment: Random augmentation for training, of `modality` or of each modality; None: none.
         seed: Seed of the augmentation.
         rows: Which rows of the file belong to the dataset, in the order of the file; None: all.
         generate: Examples end where the answer begins, and rows need no answer.
-        limits: How big a picture may be, before it is decoded.
+        limits: How big media may be, before they are decoded.
 
     Raises:
         ValueError: The file, the media root or the prompt template cannot be used.
@@ -53,11 +54,11 @@ class MultiModalDataset(Dataset[Example]):
         processor: Processor,
         prompt_template: str | None = None,
         modality: Modality = "image",
-        augment: ImageAugment | None = None,
+        augment: Augment | Mapping[Modality, Augment] | None = None,
         seed: int = 0,
         rows: Sequence[int] | None = None,
         generate: bool = False,
-        limits: ImageLimits = ImageLimits(),  # it is frozen
+        limits: MediaLimits = MediaLimits(),  # it is frozen
     ) -> None:
         if prompt_template is not None:
             PromptTemplate(prompt_template)  # what is wrong with it is said here, once, and not in a worker
@@ -65,8 +66,8 @@ class MultiModalDataset(Dataset[Example]):
         self.media_root = MediaRoot(Path(media_root))
         self.processor = processor
         self.prompt_template = prompt_template
-        self.modality = modality
-        self.augment = augment
+        augments = augment if isinstance(augment, Mapping) else {} if augment is None else {modality: augment}
+        self.augment = {modality: change for modality, change in augments.items() if change.is_random}
         self.seed = seed
         self.rows = rows if rows is not None else range(len(self.file))
         self.generate = generate
@@ -94,31 +95,40 @@ class MultiModalDataset(Dataset[Example]):
             self.file[line], self.file.origin(line), prompt_template=self.prompt_template, require_answer=not self.generate
         )
 
-    def decode(self, sample: Sample) -> dict[Modality, list[tuple[str, Any]]]:
+    def decode(self, sample: Sample, key: RowKey | None = None) -> dict[Modality, list[tuple[str, Decoded]]]:
         """Decoded media of a sample by modality, each with a key of its content.
 
+        Args:
+            sample: The row.
+            key: The row in an epoch, from which random augmentation is drawn; None: without augmentation.
+
         Raises:
-            RowError: A medium is missing, corrupt, or over a limit.
+            RowError: A medium is missing, corrupt, or over a limit; or the model takes none of its kind.
         """
+        self.processor.check_media(sample)
+        return {
+            modality: [self._decode(medium, sample, key, place) for place, medium in enumerate(sample.media(modality))]
+            for modality in MODALITIES
+            if sample.media(modality)
+        }
+
+    def _decode(self, medium: Media, sample: Sample, key: RowKey | None, place: int) -> tuple[str, Decoded]:
+        augment = self.augment.get(medium.modality)
+        generator = None if augment is None or key is None else rng(self.seed, key.epoch, self.rows[key.row], place)
+        transform = self.processor.encoders[medium.modality].transform
         try:
-            images = [
-                (content_key(item.source, self.media_root), decode_image(item.source, self.media_root, self.limits))
-                for item in sample.media("image")
-            ]
+            content = content_key(medium.source, self.media_root)
+            decoded = decode(medium, self.media_root, self.limits, transform, generator)
         except MediaError as error:
             raise RowError(sample.origin, str(error)) from error
-        return {"image": images} if images else {}
+        if augment is None or key is None or generator is None:
+            return content, decoded
+        return f"{content}@{key.epoch}.{key.row}.{place}", augment(decoded, generator)
 
     def __getitem__(self, key: int | RowKey) -> Example:
-        row, epoch = key if isinstance(key, RowKey) else RowKey(key, 0)
-        sample = self.sample(row)
-        media = self.decode(sample)
-        if self.augment is not None and self.augment.is_random and self.modality in media:
-            media[self.modality] = [
-                (f"{content}@{epoch}.{row}.{place}", self.augment(image, rng(self.seed, epoch, self.rows[row], place)))
-                for place, (content, image) in enumerate(media[self.modality])
-            ]
-        return self.processor(sample, media, generate=self.generate)
+        key = key if isinstance(key, RowKey) else RowKey(key, 0)
+        sample = self.sample(key.row)
+        return self.processor(sample, self.decode(sample, key), generate=self.generate)
 
     def __getitems__(self, keys: Sequence[int | RowKey]) -> list[Example | RowError]:
         items: list[Example | RowError] = []

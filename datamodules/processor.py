@@ -1,8 +1,6 @@
 """The one truth about text and pixels: a `Sample` in, an `Example` of token ids, labels and media tensors out."""
 
-import hashlib
 import json
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -12,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from datamodules.batch import MODALITIES, Example, MediaItem, Modality, RowError
 from datamodules.chat_tokenizer import MEDIA_TOKENS, ChatTokenizer, load_tokenizer
 from datamodules.conversation import Message, Sample, Text
+from datamodules.fingerprint import fingerprint
 from datamodules.parts import EncoderLike, ProjectorLike, media_shape, part_from_spec
+from datamodules.processor_files import DESCRIPTION, as_folder, read_files, tokenizer_files, write_files
 from datamodules.template import ConversationError
 from datamodules.tokens import Encoded, Tokens, expand, limit_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-FILE_NAME = "processor.json"
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,7 @@ class Processor:
         self.prompt = prompt
         self.encoders = dict(encoders or {})
         self.projectors = dict(projectors or {})
+        self._files: dict[str, bytes] | None = None
         if self.encoders.keys() != self.projectors.keys():
             raise ValueError(
                 f"encoders and projectors go together, got encoders for {sorted(self.encoders)} "
@@ -95,7 +94,7 @@ class Processor:
             RowError: The row cannot be used.
             ValueError: The tokenizer or the chat template cannot be used.
         """
-        self._check_media(sample)
+        self.check_media(sample)
         media = media or {}
         num_tokens = {
             modality: [self.num_tokens(modality, media_shape(item)) for _, item in items] for modality, items in media.items()
@@ -144,7 +143,7 @@ class Processor:
             RowError: The row cannot be used.
             ValueError: The tokenizer or the chat template cannot be used.
         """
-        self._check_media(sample)
+        self.check_media(sample)
         for modality in MODALITIES:
             got, expected = len(num_tokens.get(modality, ())), len(sample.media(modality))
             if got != expected:
@@ -166,6 +165,20 @@ class Processor:
             )
         except ConversationError as error:
             raise RowError(sample.origin, str(error)) from error
+
+    def check_media(self, sample: Sample) -> None:
+        """Refuses a row with media that the model cannot read.
+
+        Raises:
+            RowError: It has some.
+        """
+        for modality in MODALITIES:
+            if modality not in self.encoders and sample.media(modality):
+                raise RowError(
+                    sample.origin,
+                    f"the row has {modality} in it, but the model has no encoder for that: set model.{modality}_encoder and "
+                    f"model.{modality}_projector, or leave the row out",
+                )
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Token ids as text: special tokens left out, the places of neighbouring media written as one `<image>`."""
@@ -194,54 +207,67 @@ class Processor:
     @cached_property
     def chat(self) -> ChatTokenizer:
         """The tokenizer at work, read when it is first needed."""
-        return ChatTokenizer(load_tokenizer(self.name_or_path, self.prompt.chat_template), self.name_or_path)
+        if self._files is None:
+            tokenizer = load_tokenizer(self.name_or_path, self.prompt.chat_template)
+        else:
+            with as_folder(self._files) as folder:
+                tokenizer = load_tokenizer(str(folder), None)
+        return ChatTokenizer(tokenizer, self.name_or_path)
+
+    def files(self) -> dict[str, bytes]:
+        """The processor as files, by name: what `save` writes and a checkpoint holds. Made once, when it is first asked for.
+
+        The tokenizer's own template in them is the one in use, wherever it came from.
+        """
+        if self._files is None:
+            description = {
+                "tokenizer": self.name_or_path,
+                "prompt": asdict(replace(self.prompt, chat_template=None)),
+                "encoders": {modality: part.spec() for modality, part in self.encoders.items()},
+                "projectors": {modality: part.spec() for modality, part in self.projectors.items()},
+            }
+            text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+            self._files = {**tokenizer_files(self.tokenizer), DESCRIPTION: text.encode()}
+        return self._files
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> "Processor":
+        """The processor that `files` wrote down; nothing is fetched.
+
+        Raises:
+            ValueError: They are not those of a processor, or one of its parts cannot be made.
+        """
+        if DESCRIPTION not in files:
+            raise ValueError(f"these are not the files of a processor: expected {DESCRIPTION} among {', '.join(sorted(files))}")
+        saved = json.loads(files[DESCRIPTION])
+        encoders = {modality: part_from_spec(spec) for modality, spec in saved["encoders"].items()}
+        projectors = {modality: part_from_spec(spec) for modality, spec in saved["projectors"].items()}
+        processor = cls(saved["tokenizer"], PromptOptions(**saved["prompt"]), encoders, projectors)
+        processor._files = dict(files)
+        return processor
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer's files and processor.json, each under a temporary name first, processor.json last.
-
-        The saved tokenizer's own template is the one in use, wherever it came from.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        encoders, projectors = self._specs()
-        prompt = asdict(replace(self.prompt, chat_template=None))
-        description = {"tokenizer": self.name_or_path, "prompt": prompt, "encoders": encoders, "projectors": projectors}
-        with tempfile.TemporaryDirectory(prefix=".processor-", dir=folder) as temporary:
-            self.tokenizer.save_pretrained(temporary)
-            names = sorted(path.name for path in Path(temporary).iterdir())
-            Path(temporary, FILE_NAME).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            for name in [*names, FILE_NAME]:
-                Path(temporary, name).replace(folder / name)
+        """Writes `files` into a folder, each under a temporary name first."""
+        write_files(Path(folder), self.files())
 
     @classmethod
     def load(cls, folder: str | Path) -> "Processor":
-        """The processor that `save` wrote; nothing is fetched.
+        """The processor that `save` wrote; it does not need the folder any more.
 
         Raises:
             ValueError: There is none, or one of its parts cannot be made.
         """
-        path = Path(folder, FILE_NAME)
-        if not path.is_file():
-            raise ValueError(f"no {FILE_NAME} in {folder}: expected a folder that a processor was saved to")
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return _from_parts(cls, str(folder), PromptOptions(**saved["prompt"]), saved["encoders"], saved["projectors"])
+        if not Path(folder, DESCRIPTION).is_file():
+            raise ValueError(f"no {DESCRIPTION} in {folder}: expected a folder that a processor was saved to")
+        return cls.from_files(read_files(Path(folder)))
 
     def fingerprint(self) -> str:
-        """The same for two processors that make the same examples, wherever their tokenizer lies."""
-        template, backend = self.tokenizer.get_chat_template(), self.tokenizer.backend_tokenizer.to_str()
-        state = [asdict(replace(self.prompt, chat_template=None)), self._specs(), template, backend]
-        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+        """The same for two processors that make the same examples, wherever their tokenizer and their parts come from."""
+        return fingerprint(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A loader worker gets the description, not the weights that the parts may have by then.
-        return _from_parts, (type(self), self.name_or_path, self.prompt, *self._specs())
-
-    def _specs(self) -> tuple[dict[Modality, Any], dict[Modality, Any]]:
-        """Encoders and projectors as JSON."""
-        return (
-            {modality: part.spec() for modality, part in self.encoders.items()},
-            {modality: part.spec() for modality, part in self.projectors.items()},
-        )
+        # a loader worker gets what the parts are, not the weights that they may have by then
+        return type(self).from_files, (self.files(),)
 
     def _messages(self, sample: Sample, generate: bool) -> list[Message]:
         """The messages that are written: with the system message of the options, and without the answer to be generated."""
@@ -260,29 +286,3 @@ class Processor:
             if isinstance(piece, Text):
                 self.chat.check_text(piece.text)
         return "".join(piece.text if isinstance(piece, Text) else MEDIA_TOKENS[piece.modality] for piece in message.content)
-
-    def _check_media(self, sample: Sample) -> None:
-        """Refuses a row with media that the model cannot read."""
-        for modality in MODALITIES:
-            if modality not in self.encoders and sample.media(modality):
-                raise RowError(
-                    sample.origin,
-                    f"the row has {modality} in it, but the model has no encoder for that: set model.{modality}_encoder and "
-                    f"model.{modality}_projector, or leave the row out",
-                )
-
-
-def _from_parts(
-    cls: type[Processor],
-    tokenizer: str,
-    prompt: PromptOptions,
-    encoders: Mapping[Modality, dict[str, Any]],
-    projectors: Mapping[Modality, dict[str, Any]],
-) -> Processor:
-    """A processor whose parts are given as JSON."""
-    return cls(
-        tokenizer,
-        prompt,
-        {modality: part_from_spec(spec) for modality, spec in encoders.items()},
-        {modality: part_from_spec(spec) for modality, spec in projectors.items()},
-    )

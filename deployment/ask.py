@@ -11,7 +11,7 @@ from PIL import Image
 from datamodules.batch import Origin, RowError
 from datamodules.collate import collate
 from datamodules.conversation import parse_row
-from datamodules.media import ImageLimits, decode_image
+from datamodules.media_image import ImageLimits, decode_image
 from datamodules.processor import Processor
 from datamodules.sources import MediaRoot
 from models.language import Generation

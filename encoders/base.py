@@ -6,7 +6,7 @@ Shape suffixes: B items, N encoder tokens, M projected tokens, D width.
 import dataclasses
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -18,10 +18,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from encoders.tuning import Tune, apply_tune
 
 MediaShape = tuple[int, ...]
-"""Shape of decoded media, known from a file's header: image (height, width), video (frames, height, width), audio (samples,)."""
+"""Shape of decoded media, known from a file's header: image (height, width), video (frames, height, width) of the frames that
+are taken, audio (samples,) at the encoder's own rate."""
 
 MediaTransform = Callable[[Any], Tensor]
-"""Decoded media (a PIL image, frames, a waveform) to the tensor that the encoder takes. Picklable: it runs in loader workers."""
+"""Decoded media to the tensor that the encoder takes: a PIL image, a clip with `frames_FHW3` and `times_F`, or a waveform with
+`samples_S`. Picklable: it runs in loader workers.
+
+The tensors of two items of a modality may differ in their first dimension (time) only: a batch pads it with zeros, and its mask
+says what is real. The transform of a video encoder has `sampling`, which says which frames are decoded, that of an audio
+encoder `sample_rate`, in Hz.
+"""
 
 DType = Literal["float32", "bfloat16", "float16"]
 """Names of the types that weights can have."""
@@ -90,14 +97,30 @@ class Part(nn.Module):
             raise ValueError(f"{spec.get('class_path')} cannot be made from its saved options: {error}") from error
         return parser.instantiate_classes(config).part
 
+    def nested_parts(self) -> "dict[str, Part]":
+        """The parts that this one is made of, by attribute; each is tuned, saved and listed for itself."""
+        return {name: child for name, child in self.named_children() if isinstance(child, Part)}
+
+    def own_names(self) -> set[str]:
+        """Names in the state dict that belong to this part and to none that it is made of."""
+        nested = tuple(f"{name}." for name in self.nested_parts())
+        return {name for name in self.state_dict() if not name.startswith(nested)}
+
+    def own_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Like `named_parameters`, without those of the parts that this one is made of."""
+        nested = tuple(f"{name}." for name in self.nested_parts())
+        return ((name, parameter) for name, parameter in self.named_parameters() if not name.startswith(nested))
+
     def apply_tune(self, module: nn.Module) -> None:
-        """Freezes, adapts or frees `module`, the weights of this part; call it at the end of `build`."""
+        """Freezes, adapts or frees `module`, the weights of this part alone; call it at the end of `build`."""
         apply_tune(self.tune, module, part=type(self).__name__)
         self.train(self.training)  # libraries hand out models in either mode, and Lightning keeps the mode it finds
 
     def train(self, mode: bool = True) -> Self:
         """Like `nn.Module.train`, but what is frozen stays in evaluation mode, running statistics included."""
         super().train(mode and self.tune.mode != "frozen")
+        for part in self.nested_parts().values():
+            part.train(mode)
         if self.tune.mode == "lora":
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
@@ -110,7 +133,15 @@ class Encoder(Part):
 
     A subclass defines `build`, `forward`, `num_tokens`, `transform` and `hidden_size`.
     The last three are known without weights: they serve the data side, from an unbuilt copy.
+
+    An encoder of which only the first stretch is frozen may split its `forward` in `features`, which a cache may keep, and
+    `refine`, and say so by `has_frozen_features`.
     """
+
+    @property
+    def has_frozen_features(self) -> bool:
+        """Whether nothing that `features` computes with is trained."""
+        return self.tune.mode == "frozen"
 
     @property
     @abstractmethod
@@ -140,11 +171,19 @@ class Encoder(Part):
 
         Args:
             media: The stacked items, as `transform` gives them.
-            mask: True where `media` is real and not padding; None: everywhere.
+            mask: mask_BT, True where `media` is real along its first dimension after the batch's; None: everywhere.
 
         Returns:
             features_BND, and mask_BN, True where a feature is real (None: everywhere).
         """
+
+    def features(self, media: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The stretch of `forward` that a cache may keep; takes and gives what `forward` does."""
+        return self(media, mask)
+
+    def refine(self, features_BND: Tensor, mask_BN: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What `forward` computes of `features`; here nothing is left to do."""
+        return features_BND, mask_BN
 
 
 class Projector(Part):

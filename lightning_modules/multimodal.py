@@ -40,8 +40,12 @@ class MultiModalLitModule(L.LightningModule):
 
     Args:
         language_model: The language model and its adapters.
-        image_encoder: Encoder of pictures; None: text only.
+        image_encoder: Encoder of images; None: the model takes none.
         image_projector: From its features to the language model's embeddings.
+        video_encoder: Encoder of clips; None: the model takes none.
+        video_projector: From its features to the language model's embeddings.
+        audio_encoder: Encoder of sound; None: the model takes none.
+        audio_projector: From its features to the language model's embeddings.
         prompt: Chat template, system message, and length limit.
         optimizer: Any optimizer; its lr holds for the parts that do not set their own.
         lr_scheduler: Any scheduler; None: linear warm-up, then cosine to 0.
@@ -57,6 +61,10 @@ class MultiModalLitModule(L.LightningModule):
         language_model: LanguageModel,
         image_encoder: Encoder | None = None,
         image_projector: Projector | None = None,
+        video_encoder: Encoder | None = None,
+        video_projector: Projector | None = None,
+        audio_encoder: Encoder | None = None,
+        audio_projector: Projector | None = None,
         prompt: PromptOptions = PromptOptions(),
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -68,12 +76,14 @@ class MultiModalLitModule(L.LightningModule):
         super().__init__()
         if not 0 <= warmup_ratio < 1:
             raise ValueError(f"model.warmup_ratio is a share of the steps, in [0, 1), got {warmup_ratio}")
-        self.model = MultiModalModel(language_model, image_encoder, image_projector)
+        self.model = MultiModalModel(
+            language_model, image_encoder, image_projector, video_encoder, video_projector, audio_encoder, audio_projector
+        )
         self.processor = Processor(
             language_model.name_or_path,
             prompt,
-            encoders={} if image_encoder is None else {"image": image_encoder},
-            projectors={} if image_projector is None else {"image": image_projector},
+            encoders={modality: encoder for modality, (encoder, _) in self.model.towers().items()},
+            projectors={modality: projector for modality, (_, projector) in self.model.towers().items()},
         )
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -101,7 +111,7 @@ class MultiModalLitModule(L.LightningModule):
             rank_zero_info(f"{len(self._warm_started)} weights from {self.init_from}; new: {', '.join(parts) or 'nothing'}")
 
     def parts(self) -> dict[str, Part]:
-        """The parts of the model by name."""
+        """The parts of the model by their path."""
         return self.model.parts()
 
     def model_spec(self) -> dict[str, Any]:
@@ -191,7 +201,7 @@ class MultiModalLitModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over what trains, in groups by part, and the scheduler."""
-        groups = parameter_groups({name: (part, part.tune.lr) for name, part in self.parts().items()})
+        groups = parameter_groups(self.parts())
         optimizer = self.optimizer(groups)
         if self.lr_scheduler is not None:
             chosen = self.lr_scheduler(optimizer)
@@ -288,7 +298,7 @@ class MultiModalLitModule(L.LightningModule):
     def _touch_idle_parts(self, loss: Tensor | None, batch: Batch) -> Tensor:
         """Adds 0, with a gradient of 0 for the parts that the batch has no use for: each process must have all gradients."""
         idle = {f"{modality}_{kind}" for modality in MODALITIES if modality not in batch for kind in ("encoder", "projector")}
-        parts = [part for name, part in self.parts().items() if loss is None or name in idle]
+        parts = [part for name, part in self.model.slots().items() if loss is None or name in idle]
         zeros = [p.flatten()[:0].sum() for part in parts for p in part.parameters() if p.requires_grad]
         return sum(zeros, torch.zeros((), device=self.device) if loss is None else loss)
 

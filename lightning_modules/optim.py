@@ -8,15 +8,17 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from encoders.base import Part
 
-def parameter_groups(parts: Mapping[str, tuple[nn.Module, float | None]]) -> list[dict[str, Any]]:
+
+def parameter_groups(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
     """Groups the trainable parameters by part, and apart those that must not decay.
 
     Biases and parameters of at most one dimension (norms, gates, magnitudes) go into a group of their own, called
     `<part>/no_decay`, with `weight_decay` 0. A parameter that several parts share belongs to the first of them.
 
     Args:
-        parts: By name, each part and its learning rate; None takes the optimizer's own.
+        parts: The parts by name; the learning rate of one is its `tune.lr`, or else the optimizer's own.
 
     Returns:
         Groups for the first argument of an optimizer: `name`, `params`, and `lr` where the part has its own.
@@ -26,15 +28,15 @@ def parameter_groups(parts: Mapping[str, tuple[nn.Module, float | None]]) -> lis
     """
     groups: list[dict[str, Any]] = []
     seen: set[nn.Parameter] = set()  # parameters hash by identity
-    for name, (module, lr) in parts.items():
+    for name, part in parts.items():
         decay: list[nn.Parameter] = []
         no_decay: list[nn.Parameter] = []
-        for path, parameter in module.named_parameters():
+        for path, parameter in part.own_named_parameters():
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
                 is_bias = path.rsplit(".", 1)[-1] == "bias"
                 (no_decay if is_bias or parameter.ndim <= 1 else decay).append(parameter)
-        own = {} if lr is None else {"lr": lr}
+        own = {} if part.tune.lr is None else {"lr": part.tune.lr}
         if decay:
             groups.append({"name": name, "params": decay, **own})
         if no_decay:

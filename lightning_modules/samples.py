@@ -86,7 +86,8 @@ def _choose(module: "MultiModalLitModule", datamodule: "MultiModalDataModule", n
             answered, prompt = module.processor(sample, media), module.processor(sample, media, generate=True)
         except RowError:
             continue
-        chosen.append(_Chosen(answered, prompt, [_thumbnail(image) for _, image in media.get("image", [])]))
+        images = [decoded for _, decoded in media.get("image", []) if isinstance(decoded, Image.Image)]
+        chosen.append(_Chosen(answered, prompt, [_thumbnail(image) for image in images]))
     return chosen
 
 

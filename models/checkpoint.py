@@ -30,9 +30,9 @@ def saved_names(model: "MultiModalModel") -> set[str]:
     """
     names: set[str] = set()
     for part_name, part in model.parts().items():
-        trainable = {name for name, parameter in part.named_parameters() if parameter.requires_grad}
-        frozen = {name for name, parameter in part.named_parameters() if not parameter.requires_grad}
-        for name in part.state_dict():
+        trainable = {name for name, parameter in part.own_named_parameters() if parameter.requires_grad}
+        frozen = {name for name, parameter in part.own_named_parameters() if not parameter.requires_grad}
+        for name in part.own_names():
             is_buffer = name not in trainable and name not in frozen
             if not part.has_source or name in trainable or (is_buffer and part.tune.mode == "full"):
                 names.add(f"{part_name}.{name}")
@@ -47,10 +47,11 @@ def fingerprints(model: "MultiModalModel", saved: Iterable[str]) -> dict[str, st
     held = set(saved)
     hashes: dict[str, str] = {}
     for part_name, part in model.parts().items():
+        own = part.own_names()
         weights = {
             name.replace(".base_layer", ""): tensor.detach()
             for name, tensor in part.state_dict().items()
-            if f"{part_name}.{name}" not in held and "lora_" not in name
+            if name in own and f"{part_name}.{name}" not in held and "lora_" not in name
         }
         digest = hashlib.blake2b(digest_size=16)
         for name, tensor in sorted(weights.items()):
@@ -168,13 +169,14 @@ def check_options(parts: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     for name in parts.keys() & saved.keys():
         own, other = _flat(parts[name]), _flat(saved[name])
         for option in sorted(own.keys() | other.keys()):
-            last = option.removeprefix("init_args.")
-            if last.startswith("tune.lora.") and parts[name]["init_args"]["tune"]["mode"] != "lora":
+            owner, _, last = option.rpartition("init_args.")  # a part may be an option of another
+            if last.startswith("tune.lora.") and own[f"{owner}init_args.tune.mode"] != "lora":
                 continue
             if last not in ELSEWHERE | HOW_FAST and own.get(option) != other.get(option):
+                shown = option.replace("init_args.", "")
                 raise ValueError(
-                    f"the checkpoint was trained with {name}.{last} = {other.get(option)}, but here it is {own.get(option)}: its "
-                    "weights would compute something else. Give the part the option that it was trained with"
+                    f"the checkpoint was trained with {name}.{shown} = {other.get(option)}, but here it is {own.get(option)}: "
+                    "its weights would compute something else. Give the part the option that it was trained with"
                 )
 
 

@@ -23,12 +23,16 @@ EncodedMedia = dict[Modality, tuple[Tensor, Tensor | None]]
 class MultiModalModel(nn.Module):
     """Encoders and projectors around a language model.
 
-    State-dict prefixes are the names of the parts: `image_encoder.`, `image_projector.`, `language_model.`.
+    State-dict prefixes are the names of the slots: `image_encoder.`, `image_projector.`, …, `language_model.`.
 
     Args:
         language_model: The language model.
-        image_encoder: Encoder of pictures; None: text only.
+        image_encoder: Encoder of images; None: the model takes none.
         image_projector: From its features to the language model's embeddings.
+        video_encoder: Encoder of clips.
+        video_projector: From its features to the language model's embeddings.
+        audio_encoder: Encoder of sound.
+        audio_projector: From its features to the language model's embeddings.
     """
 
     def __init__(
@@ -36,15 +40,38 @@ class MultiModalModel(nn.Module):
         language_model: LanguageModel,
         image_encoder: Encoder | None = None,
         image_projector: Projector | None = None,
+        video_encoder: Encoder | None = None,
+        video_projector: Projector | None = None,
+        audio_encoder: Encoder | None = None,
+        audio_projector: Projector | None = None,
     ) -> None:
         super().__init__()
-        if (image_encoder is None) != (image_projector is None):
-            raise ValueError("image_encoder and image_projector go together: give both, or neither")
         self.language_model = language_model
-        self.image_encoder = image_encoder
-        self.image_projector = image_projector
+        self.image_encoder, self.image_projector = image_encoder, image_projector
+        self.video_encoder, self.video_projector = video_encoder, video_projector
+        self.audio_encoder, self.audio_projector = audio_encoder, audio_projector
+        self.towers()  # an encoder without its projector is refused here
         self.media_token_ids: dict[Modality, int] = {}
         self.is_built = False
+
+    def towers(self) -> dict[Modality, tuple[Encoder, Projector]]:
+        """Encoder and projector of each modality that the model takes.
+
+        Raises:
+            ValueError: A modality has one of them without the other.
+        """
+        slots: dict[Modality, tuple[Encoder | None, Projector | None]] = {
+            "image": (self.image_encoder, self.image_projector),
+            "video": (self.video_encoder, self.video_projector),
+            "audio": (self.audio_encoder, self.audio_projector),
+        }
+        towers: dict[Modality, tuple[Encoder, Projector]] = {}
+        for modality, (encoder, projector) in slots.items():
+            if encoder is not None and projector is not None:
+                towers[modality] = encoder, projector
+            elif encoder is not None or projector is not None:
+                raise ValueError(f"model.{modality}_encoder and model.{modality}_projector go together: give both, or neither")
+        return towers
 
     def tower(self, modality: Modality) -> tuple[Encoder, Projector]:
         """The encoder and the projector of a modality.
@@ -52,22 +79,29 @@ class MultiModalModel(nn.Module):
         Raises:
             ValueError: The model has none.
         """
-        towers = {"image": (self.image_encoder, self.image_projector)}
-        encoder, projector = towers.get(modality, (None, None))
-        if encoder is None or projector is None:
+        towers = self.towers()
+        if modality not in towers:
             raise ValueError(
                 f"the batch has {modality} media but the model has no {modality}_encoder: set model.{modality}_encoder"
             )
-        return encoder, projector
+        return towers[modality]
+
+    def slots(self) -> dict[str, Part]:
+        """The parts that the model is composed of, by the name of their slot."""
+        slots: dict[str, Part] = {"language_model": self.language_model}
+        for modality, (encoder, projector) in self.towers().items():
+            slots |= {f"{modality}_encoder": encoder, f"{modality}_projector": projector}
+        return slots
 
     def parts(self) -> dict[str, Part]:
-        """The parts by name, those that are there."""
-        slots: dict[str, Part | None] = {
-            "language_model": self.language_model,
-            "image_encoder": self.image_encoder,
-            "image_projector": self.image_projector,
-        }
-        return {name: part for name, part in slots.items() if part is not None}
+        """All parts by their path: the slots, and behind each the parts that it is made of, such as `video_encoder.frames`."""
+        parts: dict[str, Part] = {}
+        waiting = list(self.slots().items())
+        while waiting:
+            name, part = waiting.pop(0)
+            parts[name] = part
+            waiting[:0] = [(f"{name}.{nested}", child) for nested, child in part.nested_parts().items()]
+        return parts
 
     def build(self, media_token_ids: Mapping[Modality, int]) -> None:
         """Makes all weights; called once.
@@ -80,20 +114,20 @@ class MultiModalModel(nn.Module):
         """
         self.media_token_ids = dict(media_token_ids)
         self.language_model.build()
-        if self.image_encoder is not None and self.image_projector is not None:
-            self.image_encoder.build()
-            self.image_projector.build(self.image_encoder.hidden_size, self.language_model.hidden_size)
+        for encoder, projector in self.towers().values():
+            encoder.build()
+            projector.build(encoder.hidden_size, self.language_model.hidden_size)
         self.is_built = True
 
     def spec(self) -> dict[str, Any]:
         """The model as JSON, without weights."""
-        return {"parts": {name: part.spec() for name, part in self.parts().items()}, "media_token_ids": self.media_token_ids}
+        return {"parts": {name: part.spec() for name, part in self.slots().items()}, "media_token_ids": self.media_token_ids}
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Self:
         """Makes the unbuilt model that `spec` describes."""
-        kinds: dict[str, type[Part]] = {"language_model": LanguageModel, "image_encoder": Encoder, "image_projector": Projector}
-        parts: dict[str, Any] = {name: kinds[name].from_spec(part) for name, part in spec["parts"].items()}
+        kinds: dict[str, type[Part]] = {"model": LanguageModel, "encoder": Encoder, "projector": Projector}
+        parts: dict[str, Any] = {name: kinds[name.rpartition("_")[2]].from_spec(part) for name, part in spec["parts"].items()}
         return cls(**parts)
 
     @classmethod

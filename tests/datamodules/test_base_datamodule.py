@@ -12,7 +12,8 @@ from datamodules.augment import ImageAugment
 from datamodules.base import MultiModalDataModule
 from datamodules.image import ImageDataModule
 from datamodules.loader import StatefulLoader
-from datamodules.media import ImageLimits
+from datamodules.media import MediaLimits
+from datamodules.media_image import ImageLimits
 from datamodules.processor import Processor
 from tests.datamodules.lightning_fakes import Model, make_trainer
 from tests.datamodules.loader_fakes import ids, make_processor, make_row, same, write_rows
@@ -152,7 +153,8 @@ def test_each_split_is_measured_against_its_own_rows(make: Callable[..., ImageDa
 
 def test_only_training_is_shuffled_and_augmented(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
     path = str(tmp_path / "rows.jsonl")
-    data = make(val_path=path, test_path=path, predict_path=path, eval_batch_size=3, limits=ImageLimits(max_pixels=64))
+    limits = MediaLimits(image=ImageLimits(max_pixels=64))
+    data = make(val_path=path, test_path=path, predict_path=path, eval_batch_size=3, limits=limits)
     loaders = {}
     for stage, make_loader in (
         ("fit", data.train_dataloader),
@@ -174,8 +176,8 @@ def test_only_training_is_shuffled_and_augmented(make: Callable[..., ImageDataMo
     assert all(same(*pair) for pair in zip(batches["validate"], loaders["validate"], strict=True))
     assert not any(same(*pair) for pair in zip(batches["fit"], loaders["fit"], strict=True))
     assert (batches["predict"][0]["labels_BT"] == -100).all() and (batches["test"][0]["labels_BT"] != -100).any()
-    data.limits = ImageLimits(max_pixels=63)
-    assert data.dataset("test").limits.max_pixels == 63
+    data.limits = MediaLimits(image=ImageLimits(max_pixels=63))
+    assert data.dataset("test").limits.image.max_pixels == 63
 
 
 def test_validation_is_whole_each_time(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:

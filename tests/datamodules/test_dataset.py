@@ -11,7 +11,8 @@ from datamodules.batch import IGNORE_INDEX, Example, RowError
 from datamodules.conversation import parse_row
 from datamodules.dataset import MultiModalDataset, RowKey
 from datamodules.loader import Collate
-from datamodules.media import ImageLimits, decode_image
+from datamodules.media import MediaLimits
+from datamodules.media_image import ImageLimits, decode_image
 from datamodules.processor import Processor, PromptOptions
 from datamodules.sampler import GlobalBatches, RowSampler
 from datamodules.sources import MediaRoot
@@ -95,7 +96,7 @@ def test_a_bad_row_is_named_and_costs_one_row(path: Path, processor: Processor, 
 
 def test_a_picture_above_the_limits_is_a_bad_row(path: Path, processor: Processor) -> None:
     dataset = make(path, processor)
-    dataset.limits = ImageLimits(max_pixels=63)
+    dataset.limits = MediaLimits(image=ImageLimits(max_pixels=63))
     with pytest.raises(RowError, match=r"rows\.jsonl:1: 0\.png"):
         dataset[0]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from datamodules.media import ImageLimits, MediaError, decode_image, probe_image
+from datamodules.media_image import ImageLimits, MediaError, decode_image, probe_image
 from datamodules.sources import MediaRoot
 
 LIMITS = ImageLimits()

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from encoders.base import Part
+from encoders.tuning import Tune
 from lightning_modules.optim import WarmupCosine, parameter_groups
 
 
@@ -17,10 +19,16 @@ class Gated(nn.Module):
         self.table.bias = nn.Parameter(torch.randn(2, 2, generator=torch.Generator().manual_seed(20)))
 
 
+def part(module: nn.Module, lr: float | None = None) -> Part:
+    made = Part(Tune(mode="full", lr=lr))
+    made.module = module
+    return made
+
+
 class TestParameterGroups:
     def test_parts_and_decay(self) -> None:
         projector, model = Gated(), nn.Linear(2, 2, bias=False)
-        groups = parameter_groups({"image_projector": (projector, 1e-3), "language_model": (model, None)})
+        groups = parameter_groups({"image_projector": part(projector, 1e-3), "language_model": part(model)})
 
         decay, no_decay, language = groups
         assert decay == {"name": "image_projector", "params": [projector.linear.weight], "lr": 1e-3}
@@ -35,7 +43,7 @@ class TestParameterGroups:
         assert language == {"name": "language_model", "params": [model.weight]}
 
     def test_optimizer_takes_them(self) -> None:
-        parts = {"image_projector": (Gated(), 1e-3), "language_model": (nn.Linear(2, 2), None)}
+        parts = {"image_projector": part(Gated(), 1e-3), "language_model": part(nn.Linear(2, 2))}
         optimizer = torch.optim.AdamW(parameter_groups(parts), lr=2e-4, weight_decay=0.1)
         assert [(g["name"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
             ("image_projector", 1e-3, 0.1),
@@ -49,7 +57,7 @@ class TestParameterGroups:
         first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2)
         second.weight = first.weight
         frozen = nn.Linear(2, 2).requires_grad_(False)
-        groups = parameter_groups({"a": (first, None), "b": (second, None), "c": (frozen, 1e-3)})
+        groups = parameter_groups({"a": part(first), "b": part(second), "c": part(frozen, 1e-3)})
         assert [(g["name"], [id(p) for p in g["params"]]) for g in groups] == [
             ("a", [id(first.weight)]),
             ("b/no_decay", [id(second.bias)]),
@@ -58,7 +66,7 @@ class TestParameterGroups:
     def test_nothing_to_train_is_refused(self) -> None:
         frozen = nn.Linear(2, 2).requires_grad_(False)
         with pytest.raises(ValueError, match=r"\(image_encoder, language_model\).*tune\.mode"):
-            parameter_groups({"image_encoder": (frozen, None), "language_model": (frozen, None)})
+            parameter_groups({"image_encoder": part(frozen), "language_model": part(frozen)})
 
 
 def optimizer_of(*lrs: float) -> torch.optim.Optimizer:

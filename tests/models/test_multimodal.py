@@ -130,7 +130,7 @@ def test_a_projector_that_miscounts_is_refused_with_the_row(tiny_llm, tiny_clip,
 
 
 def test_an_encoder_needs_a_projector(tiny_llm, tiny_clip):
-    with pytest.raises(ValueError, match="image_encoder and image_projector go together"):
+    with pytest.raises(ValueError, match="model.image_encoder and model.image_projector go together"):
         MultiModalModel(LanguageModel(str(tiny_llm)), image_encoder=HFVisionEncoder(str(tiny_clip)))
 
 

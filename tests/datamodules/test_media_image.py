@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from datamodules.media import ImageLimits, MediaError, decode_image, probe_image
+from datamodules.media_image import ImageLimits, MediaError, decode_image, probe_image
 from datamodules.sources import MediaRoot
 
 LIMITS = ImageLimits()
@@ -155,7 +155,7 @@ def test_the_limits_are_inclusive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["max_pixels", "max_bytes"])
 def test_a_limit_is_at_least_1(option: str) -> None:
-    with pytest.raises(ValueError, match=f"limits.{option} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"limits.image.{option} must be at least 1, got 0"):
         ImageLimits(**{option: 0})
 
 
