@@ -7,11 +7,18 @@ import sys
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # imported so that a YAML can name their classes without a path
-import datamodules.image  # noqa: F401
+import datamodules.audio
+import datamodules.image
+import datamodules.mixture
+import datamodules.video  # noqa: F401
+import encoders.audio
 import encoders.image
-import encoders.projectors  # noqa: F401
+import encoders.projectors
+import encoders.resampler
+import encoders.video  # noqa: F401
+import models.cross_attention
 import models.language  # noqa: F401
-from datamodules.base import MultiModalDataModule
+from datamodules.loading import RowDataModule
 from lightning_modules.callbacks import FirstStepCheck, PartTable, PredictionWriter, RunSummary, Throughput
 from lightning_modules.cli import OmniLitCLI, quiet_lightning, show_user_errors
 from lightning_modules.multimodal import MultiModalLitModule
@@ -27,7 +34,7 @@ def main(args: list[str] | None = None) -> OmniLitCLI:
     callbacks = [PartTable(), FirstStepCheck(), Throughput(), RunSummary(), PredictionWriter()]
     return OmniLitCLI(
         MultiModalLitModule,
-        MultiModalDataModule,
+        RowDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from PIL import Image, ImageEnhance
+from torch import Tensor
 
 
 class Augment(Protocol):
@@ -16,11 +17,20 @@ class Augment(Protocol):
     def is_random(self) -> bool:
         """False where every change is off."""
 
+    @property
+    def draws_frames(self) -> bool:
+        """Whether decoding draws the frames of a clip at random, too; here not."""
+        return False
+
     def __call__(self, decoded: Any, generator: random.Random, /) -> Any:
         """Changes a medium; what it was given stays as it is."""
 
+    def change_tensor(self, tensor: Tensor, generator: random.Random, /) -> Tensor:
+        """Changes what the encoder's transform made of a medium, where `__call__` is not enough; here it stays as it is."""
+        return tensor
 
-def rng(seed: int, epoch: int, row: int, occurrence: int) -> random.Random:
+
+def rng(seed: int, epoch: int, row: int, occurrence: int, stage: int = 0) -> random.Random:
     """The random numbers of one medium: the same in every process, in every order and on every machine.
 
     Args:
@@ -28,13 +38,15 @@ def rng(seed: int, epoch: int, row: int, occurrence: int) -> random.Random:
         epoch: Counted from 0.
         row: Index of the row in its file.
         occurrence: Which medium of the row, counted from 0.
+        stage: 0 for the decoded medium, 1 for what the transform makes of it.
     """
-    digest = hashlib.blake2b(f"{seed} {epoch} {row} {occurrence}".encode(), digest_size=16).digest()
+    text = f"{seed} {epoch} {row} {occurrence}" + (f" {stage}" if stage else "")
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return random.Random(int.from_bytes(digest, "big"))
 
 
 @dataclass(frozen=True)
-class ImageAugment:
+class ImageAugment(Augment):
     """Random crop, flip and colour jitter of an RGB image, for training only.
 
     Args:

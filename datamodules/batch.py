@@ -4,10 +4,13 @@ Shape suffixes: B rows, T tokens, N unique media items, O occurrences of media i
 K choices.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, TypedDict
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 Modality = Literal["image", "video", "audio"]
 MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
@@ -18,10 +21,11 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a row stands: file, and line counted from 1."""
+    """Where a row stands: file, line counted from 1, and the name of its source in a mixture (empty: none)."""
 
     file: str
     line: int
+    source: str = ""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
@@ -50,13 +54,19 @@ class MediaItem:
 
     Args:
         key: The same for two items with the same content, so that a batch encodes it once.
-        media: What the encoder's transform gave.
-        num_tokens: Placeholders it occupies in the row's tokens.
+        media: What the encoder's transform gave; where `has_features`, the features themselves, (L, D), read from a cache.
+        num_tokens: Placeholders it occupies in the row's tokens; 0 where the fusion keeps media out of the row.
+        position: Where it stands in the row's tokens: the index of its first placeholder, or else of the token after it.
+        has_features: Whether a frozen encoder has nothing to do for it any more.
+        feature_key: Under which a cache keeps the features once they are there; empty: not at all.
     """
 
     key: str
     media: Tensor
     num_tokens: int
+    position: int
+    has_features: bool = False
+    feature_key: str = ""
 
 
 @dataclass
@@ -68,7 +78,7 @@ class Example:
         id: The row's own id, or its line number.
         tokens: Token ids, media placeholders expanded; for generation they end where the answer begins.
         labels: Like tokens, `IGNORE_INDEX` where there is no loss; for generation that is everywhere.
-        media: Items by modality, in the order of their placeholders.
+        media: Items by modality, in reading order.
         choices: For each supervised position the token ids that some choice continues with; None: an open answer.
         prompt: The last user message as text, for tables and predictions.
         reference: The last answer as text; empty if the row has none.
@@ -86,12 +96,26 @@ class Example:
     num_dropped_tokens: int = 0
 
 
+class CachedFeatures(TypedDict):
+    """What a cache has, and is to get, of the features of a frozen encoder.
+
+    `features_N` holds them for each unique item, (L, D), None where it is to be encoded; `keys` tells under which keys the
+    features of those that are to be encoded are to be kept, an empty one: not at all.
+    """
+
+    features_N: list[Tensor | None]
+    keys: list[str]
+
+
 class MediaBatch(TypedDict):
     """The media of one modality in a batch; each unique item is stacked, and encoded, once.
 
     `media` is (N, ...); `mask`, (N, T), marks what is real along its first dimension after N (None: all); `item_O` gives the
-    unique item of each occurrence, in the order of the placeholders (row by row); `row_O` its row; `num_tokens_O` its
-    placeholders.
+    unique item of each occurrence, in reading order (row by row); `row_O` its row; `num_tokens_O` its placeholders;
+    `position_O` its place in the padded row: the index of its first placeholder, or else of the token after it.
+
+    Where a cache of features is in use, `cached` is there, and `media` and `mask` hold only those of the N items that are to
+    be encoded, in their order; a batch without such an item has an empty `media`.
     """
 
     media: Tensor
@@ -99,6 +123,8 @@ class MediaBatch(TypedDict):
     item_O: Tensor
     row_O: Tensor
     num_tokens_O: Tensor
+    position_O: Tensor
+    cached: NotRequired[CachedFeatures]
 
 
 class Batch(TypedDict):
@@ -124,3 +150,16 @@ class Batch(TypedDict):
     image: NotRequired[MediaBatch]
     video: NotRequired[MediaBatch]
     audio: NotRequired[MediaBatch]
+
+
+def pad_time(items: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Stacks tensors that differ in their first dimension only; padding is 0.
+
+    Returns:
+        The stack (N, T, ...), and mask_NT, True where it is real; None where all have one length.
+    """
+    lengths = [len(item) for item in items]
+    if len(set(lengths)) == 1:
+        return torch.stack(list(items)), None
+    mask_NT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return pad_sequence(list(items), batch_first=True), mask_NT.to(items[0].device)

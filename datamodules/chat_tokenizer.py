@@ -1,11 +1,11 @@
 """Conversations as token ids: what is learnt of them, and what may follow in a closed set of answers."""
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
@@ -21,31 +21,37 @@ MEDIA_TOKENS: dict[Modality, str] = {modality: f"<|omnilit_{modality}|>" for mod
 
 
 class ChatTokenizer:
-    """A tokenizer with its chat template, and a token for each modality behind its own ids.
+    """A tokenizer with its chat template, and a token for each modality.
 
     Args:
         tokenizer: A fast tokenizer with a chat template, as `load_tokenizer` gives it.
         name: What errors call it.
+        media_tokens: Its own tokens for media; None: `MEDIA_TOKENS` are added behind its ids.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", name: str) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerFast", name: str, media_tokens: Mapping[Modality, str] | None = None
+    ) -> None:
         from transformers import AddedToken
 
         self.tokenizer = tokenizer
         self.name = name
-        media = [AddedToken(token, special=True, normalized=False) for token in MEDIA_TOKENS.values()]
-        tokenizer.add_tokens(media, special_tokens=True)
+        self.media_tokens = MEDIA_TOKENS if media_tokens is None else media_tokens
+        if media_tokens is None:
+            media = [AddedToken(token, special=True, normalized=False) for token in MEDIA_TOKENS.values()]
+            tokenizer.add_tokens(media, special_tokens=True)
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         added = tokenizer.added_tokens_decoder
         self._added_ids = {token.content: number for number, token in added.items()}
         self._added = _any_of(self._added_ids)
-        self.media_ids = {modality: self._added_ids[token] for modality, token in MEDIA_TOKENS.items()}
+        vocabulary = tokenizer.get_vocab()
+        self.media_ids = {modality: vocabulary[token] for modality, token in self.media_tokens.items()}
         self._special_ids = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
         self._special = _any_of(tokenizer.convert_ids_to_tokens(sorted(self._special_ids)))
         self._template = ChatTemplate(self._render)
-        self._codec = Codec(self._ids, self._backend.decode, anchor=MEDIA_TOKENS["image"])
+        self._codec = Codec(self._ids, self._backend.decode, anchor=next(iter(self.media_tokens.values())))
 
     def check_text(self, text: str) -> None:
         """Refuses a text that would become a control token.
@@ -65,7 +71,7 @@ class ChatTokenizer:
         Raises:
             ConversationError: See `ChatTemplate.prompt`.
         """
-        written = self._template.prompt(chat)
+        written = self._write(chat, generate=True)
         return tokenize(self._codec, written.text, self._cuts(written))[0]
 
     def write(self, chat: Chat, supervised: Collection[int], choices: Sequence[str] = ()) -> Tokens:
@@ -83,7 +89,7 @@ class ChatTokenizer:
             ConversationError: See `ChatTemplate.write`; or the template has no prompt for a supervised answer.
             ValueError: The template does not end its answers.
         """
-        written = self._template.write(chat)
+        written = self._write(chat)
         cuts = self._cuts(written)
         ids, starts = tokenize(self._codec, written.text, cuts)
         numbers = [answer.message for answer in written.answers]
@@ -118,7 +124,7 @@ class ChatTokenizer:
             elif token not in self._special_ids:
                 kept.append(token)
         text = self._backend.decode(kept, skip_special_tokens=False)
-        for modality, name in MEDIA_TOKENS.items():
+        for modality, name in self.media_tokens.items():
             text = text.replace(name, f"<{modality}>")
         return text
 
@@ -144,8 +150,15 @@ class ChatTokenizer:
             )
         return sorted(ends)
 
+    def _write(self, chat: Chat, generate: bool = False) -> Written:
+        return self._template.prompt(chat) if generate else self._template.write(chat)
+
+    def _content(self, text: str) -> Any:
+        """What the template takes as the content of a message."""
+        return text
+
     def _render(self, chat: Chat, add_generation_prompt: bool) -> str:
-        messages = [{"role": role, "content": text} for role, text in chat]
+        messages = [{"role": role, "content": self._content(text)} for role, text in chat]
         try:
             rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         except jinja2.TemplateSyntaxError as error:
@@ -192,7 +205,7 @@ class ChatTokenizer:
             text = written.text[: last.content[0]] + choice + written.text[last.content[1] :]
             if choice != choice.strip():  # the template may strip it
                 changed = [*chat[: last.message], ("assistant", choice), *chat[last.message + 1 :]]
-                text = self._template.write(changed).text
+                text = self._write(changed).text
             other, (start,) = tokenize(codec, text[begin:], [Cut(last.start - begin)])
             options.append(other[start : other.index(ids[-1], start) + 1])
         allowed = allowed_next(ids, options)
@@ -227,16 +240,24 @@ def load_tokenizer(name_or_path: str, template: str | None) -> "PreTrainedTokeni
     if template == "plain":
         tokenizer.chat_template = plain_template(bos=tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id])
     elif template is not None:
-        path = Path(template)
-        if not path.is_file():
-            raise ValueError(f"prompt.chat_template {template!r} is not a file: expected the path of a Jinja template")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer.chat_template = read_template(template)
     elif tokenizer.chat_template is None:
         raise ValueError(
             f"tokenizer {name_or_path!r} has no chat template, as those of base models: set prompt.chat_template to plain, "
             "or to the path of a .jinja file"
         )
     return tokenizer
+
+
+def read_template(path: str) -> str:
+    """The text of a Jinja file.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"prompt.chat_template {path!r} is not a file: expected the path of a Jinja template")
+    return Path(path).read_text(encoding="utf-8")
 
 
 def _any_of(tokens: Collection[str]) -> re.Pattern[str]:

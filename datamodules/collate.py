@@ -8,9 +8,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from datamodules.batch import IGNORE_INDEX, MODALITIES, Batch, Example, MediaBatch, MediaItem, RowError
+from datamodules.batch import (
+    IGNORE_INDEX,
+    MODALITIES,
+    Batch,
+    CachedFeatures,
+    Example,
+    MediaBatch,
+    MediaItem,
+    RowError,
+    pad_time,
+)
 
 
 def collate(items: Sequence[Example | RowError], pad_id: int, side: Literal["left", "right"] = "right") -> Batch:
@@ -28,9 +37,10 @@ def collate(items: Sequence[Example | RowError], pad_id: int, side: Literal["lef
     labels_BT = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
     positions_BT = torch.zeros(shape, dtype=torch.long)
     segments_BT = torch.zeros(shape, dtype=torch.long)
-    for row, example in enumerate(examples):
+    starts = [0 if side == "right" else length - len(example.tokens) for example in examples]
+    for row, (example, start) in enumerate(zip(examples, starts, strict=True)):
         size = len(example.tokens)
-        span = slice(0, size) if side == "right" else slice(length - size, length)
+        span = slice(start, start + size)
         tokens_BT[row, span] = torch.tensor(example.tokens)
         labels_BT[row, span] = torch.tensor(example.labels)
         positions_BT[row, span] = torch.arange(size)
@@ -50,7 +60,7 @@ def collate(items: Sequence[Example | RowError], pad_id: int, side: Literal["lef
     for modality in MODALITIES:
         rows = [example.media.get(modality, []) for example in examples]
         if any(rows):
-            batch[modality] = _stack_media(rows)
+            batch[modality] = _stack_media(rows, starts)
     return batch
 
 
@@ -58,6 +68,7 @@ def _describe(example: Example) -> dict[str, Any]:
     """What tables and predictions say of a row."""
     return {
         "id": example.id,
+        **({"source": example.origin.source} if example.origin.source else {}),
         "file": example.origin.file,
         "line": example.origin.line,
         "prompt": example.prompt,
@@ -65,39 +76,33 @@ def _describe(example: Example) -> dict[str, Any]:
     }
 
 
-def _stack_media(rows: Sequence[Sequence[MediaItem]]) -> MediaBatch:
-    unique: dict[str, int] = {}
-    media: list[Tensor] = []
-    item_O, row_O, num_tokens_O = [], [], []
-    for row, items in enumerate(rows):
+def _stack_media(rows: Sequence[Sequence[MediaItem]], starts: Sequence[int]) -> MediaBatch:
+    places: dict[str, int] = {}
+    unique: list[MediaItem] = []
+    item_O, row_O, num_tokens_O, position_O = [], [], [], []
+    for row, (items, start) in enumerate(zip(rows, starts, strict=True)):
         for item in items:
-            if item.key not in unique:
-                unique[item.key] = len(media)
-                media.append(item.media)
-            item_O.append(unique[item.key])
+            if item.key not in places:
+                places[item.key] = len(unique)
+                unique.append(item)
+            item_O.append(places[item.key])
             row_O.append(row)
             num_tokens_O.append(item.num_tokens)
-    padded, mask = pad_time(media)
-    return MediaBatch(
+            position_O.append(start + item.position)
+    new = [item for item in unique if not item.has_features]
+    padded, mask = pad_time([item.media for item in new]) if new else (torch.empty(0), None)
+    batch = MediaBatch(
         media=padded,
         mask=mask,
         item_O=torch.tensor(item_O),
         row_O=torch.tensor(row_O),
         num_tokens_O=torch.tensor(num_tokens_O),
+        position_O=torch.tensor(position_O),
     )
-
-
-def pad_time(items: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Stacks tensors that differ in their first dimension only; padding is 0.
-
-    Returns:
-        The stack (N, T, ...), and mask_NT, True where it is real; None where all have one length.
-    """
-    lengths = [len(item) for item in items]
-    if len(set(lengths)) == 1:
-        return torch.stack(list(items)), None
-    mask_NT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return pad_sequence(list(items), batch_first=True), mask_NT
+    if any(item.has_features or item.feature_key for item in unique):
+        features_N = [item.media if item.has_features else None for item in unique]
+        batch["cached"] = CachedFeatures(features_N=features_N, keys=[item.feature_key for item in new])
+    return batch
 
 
 def _stack_choices(examples: Sequence[Example]) -> Tensor:

@@ -1,5 +1,6 @@
 """What a message holds: texts and media, read from a text with placeholders or from a list of parts."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,13 +33,45 @@ class Text:
 
 @dataclass(frozen=True)
 class Media:
-    """A picture, video or sound: a path below `media_root`, or a `data:` URI."""
+    """A picture, video or sound.
+
+    Args:
+        modality: Its kind.
+        source: A path below `media_root`, or a `data:` URI; of a video also its frames in order, each an image of this kind.
+        start: Where the part that is taken begins, in seconds; of videos and sounds.
+        end: Where it ends; None: where the medium ends.
+        fps: Frames shown a second, where a video is given as its frames.
+    """
 
     modality: Modality
-    source: str
+    source: str | tuple[str, ...]
+    start: float = 0.0
+    end: float | None = None
+    fps: float = 2.0
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The sources, one of most media."""
+        return (self.source,) if isinstance(self.source, str) else self.source
 
 
 Content = Text | Media
+
+_OPTIONS: dict[Modality, frozenset[str]] = {
+    "image": frozenset(),
+    "video": frozenset({"start", "end", "fps"}),
+    "audio": frozenset({"start", "end"}),
+}
+"""What an object may say of a medium besides its source."""
+
+_EXPECTED: dict[Modality, str] = {
+    "image": "a path, a data: URI, or an object with nothing but 'path' or 'url'",
+    "video": (
+        "a path, a data: URI, a list of image files (its frames), or an object with 'path' or 'url', and if need be "
+        "'start' and 'end' in seconds, and the 'fps' of a list of frames"
+    ),
+    "audio": "a path, a data: URI, or an object with 'path' or 'url', and if need be 'start' and 'end' in seconds",
+}
 
 Piece = Text | Media | Modality
 """A modality alone is a placeholder, to be filled from the row's lists."""
@@ -81,21 +114,21 @@ def _read_part(part: Any, where: str) -> list[Piece]:
         case {"type": "input_audio", "input_audio": {"data": str(data), "format": str(extension)}} if data and extension:
             return [Media("audio", f"data:audio/{extension};base64,{data}")]
         case {"type": "image_url" | "video_url" | "audio_url" as key}:
-            return [Media(key.removesuffix("_url"), _read_source(part.get(key), where))]
+            return [_read_medium(part.get(key), key.removesuffix("_url"), where)]
         case {"type": "image" | "video" | "audio" as modality}:
             items = [part[key] for key in (modality, "url", "path") if part.get(key) is not None]
-            return [Media(modality, _read_source(items[0], where)) if items else modality]
+            return [_read_medium(items[0], modality, where) if items else modality]
     raise UnusableRowError(
         f"{where} is not understood: {str(part)[:120]}. Expected an object whose 'type' is text, image_url, "
         "video_url, audio_url, input_audio (with 'data' and 'format'), image, video or audio"
     )
 
 
-def read_sources(row: Row, modality: Modality) -> list[str]:
-    """The sources in `images` (or `image`) and its like, in order.
+def read_media(row: Row, modality: Modality) -> list[Media]:
+    """The media in `images` (or `image`) and its like, in order.
 
     Raises:
-        UnusableRowError: A list holds something else than sources, or both its names are used.
+        UnusableRowError: A list holds something else than media, or both its names are used.
     """
     keys = [key for key in (modality, f"{modality}s") if row.get(key) is not None]
     if len(keys) == 2:
@@ -103,18 +136,34 @@ def read_sources(row: Row, modality: Modality) -> list[str]:
     items = row[keys[0]] if keys else []
     if not isinstance(items, list):
         items = [items]
-    return [_read_source(item, f"item {number} of {keys[0]!r}") for number, item in enumerate(items, 1)]
+    return [_read_medium(item, modality, f"item {number} of {keys[0]!r}") for number, item in enumerate(items, 1)]
 
 
-def _read_source(item: Any, where: str) -> str:
-    source = item
+def _read_medium(item: Any, modality: Modality, where: str) -> Media:
+    """A medium: its source alone, or an object with the source and what part of it is taken."""
+    source, options = item, {}
     if isinstance(item, dict):
         given = {key: value for key, value in item.items() if value is not None and key != "detail"}  # detail: OpenAI's size hint
-        source = next(iter(given.values())) if len(given) == 1 and given.keys() <= {"path", "url"} else None
-    if not isinstance(source, str) or not source.strip():
-        expected = "a path, a data: URI, or an object with nothing but 'path' or 'url'"
-        raise UnusableRowError(f"{where} must be {expected}, got {kind_of(item)}: {str(item)[:60]!r}")
-    return source
+        sources = [given.pop(key) for key in ("path", "url") if key in given]
+        source = sources[0] if len(sources) == 1 and given.keys() <= _OPTIONS[modality] else None
+        options = given
+    if isinstance(source, list) and source and modality == "video":
+        source = tuple(source)
+    files = source if isinstance(source, tuple) else (source,)
+    if not all(isinstance(file, str) and file.strip() for file in files) or ("fps" in options and isinstance(source, str)):
+        raise UnusableRowError(f"{where} must be {_EXPECTED[modality]}, got {kind_of(item)}: {str(item)[:60]!r}")
+    for key, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UnusableRowError(f"{where}: {key!r} must be a number, got {kind_of(value)}: {str(value)[:60]!r}")
+    medium = Media(modality, source, **options)
+    if medium.start < 0 or (medium.end is not None and medium.end <= medium.start):
+        raise UnusableRowError(
+            f"{where} must have 0 <= start < end, in seconds, got start {medium.start} and "
+            f"{'no end' if medium.end is None else f'end {medium.end}'}"
+        )
+    if medium.fps <= 0:
+        raise UnusableRowError(f"{where}: 'fps' is the number of frames shown a second, above 0, got {medium.fps}")
+    return medium
 
 
 def refuse_unread_media(columns: Row) -> None:

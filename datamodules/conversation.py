@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datamodules.batch import MODALITIES, Modality, Origin, RowError
-from datamodules.content import Content, Media, Piece, Text, is_blank, read_content, read_sources, refuse_unread_media
+from datamodules.content import Content, Media, Piece, Text, is_blank, read_content, read_media, refuse_unread_media
 from datamodules.dialects import Dialect, Role, Turn, recognise
 from datamodules.prompt_template import PromptTemplate
 from datamodules.rows import MEDIA_KEYS, Row, UnusableRowError, keys_of, kind_of
@@ -110,9 +110,9 @@ def _read_messages(row: Row, dialect: Dialect, require_answer: bool) -> tuple[Me
     if not require_answer and turns[-1].role == "assistant" and is_blank(contents[-1]):
         turns, contents = turns[:-1], contents[:-1]
     _check_turns(turns, contents)
-    sources = {modality: read_sources(row, modality) for modality in MODALITIES}
-    _place_implied_media(turns, contents, sources, dialect)
-    filled = _fill_placeholders(contents, sources)
+    listed = {modality: read_media(row, modality) for modality in MODALITIES}
+    _place_implied_media(turns, contents, listed, dialect)
+    filled = _fill_placeholders(contents, listed)
     messages = tuple(
         Message(turn.role, content, supervised=turn.role == "assistant" and turn.loss is not False)
         for turn, content in zip(turns, filled, strict=True)
@@ -152,33 +152,33 @@ def _check_turns(turns: list[Turn], contents: list[list[Piece]]) -> None:
 
 
 def _place_implied_media(
-    turns: list[Turn], contents: list[list[Piece]], sources: dict[Modality, list[str]], dialect: Dialect
+    turns: list[Turn], contents: list[list[Piece]], listed: dict[Modality, list[Media]], dialect: Dialect
 ) -> None:
     """Puts placeholders before the first user text, in place, where the dialect lets them be left out."""
     media: list[Piece] = [piece for content in contents for piece in content if not isinstance(piece, Text)]
     match dialect.implied_media:
-        case "only" if not media and sum(map(len, sources.values())) == 1:
-            missing = [modality for modality in MODALITIES if sources[modality]]
+        case "only" if not media and sum(map(len, listed.values())) == 1:
+            missing = [modality for modality in MODALITIES if listed[modality]]
         case "all":
-            missing = [modality for modality in MODALITIES if modality not in media for _ in sources[modality]]
+            missing = [modality for modality in MODALITIES if modality not in media for _ in listed[modality]]
         case _:
             return
     first_user = next(number for number, turn in enumerate(turns) if turn.role == "user")
     contents[first_user][:0] = missing
 
 
-def _fill_placeholders(contents: list[list[Piece]], sources: dict[Modality, list[str]]) -> list[tuple[Content, ...]]:
+def _fill_placeholders(contents: list[list[Piece]], listed: dict[Modality, list[Media]]) -> list[tuple[Content, ...]]:
     for modality in MODALITIES:
         num_places = sum(content.count(modality) for content in contents)
-        num_sources = len(sources[modality])
-        if num_places != num_sources:
+        num_media = len(listed[modality])
+        if num_places != num_media:
             raise UnusableRowError(
-                f"{num_places} <{modality}> in the messages, but {num_sources} in '{modality}s': "
+                f"{num_places} <{modality}> in the messages, but {num_media} in '{modality}s': "
                 f"write one <{modality}> for each, where it belongs in a user message"
             )
-    rest = {modality: iter(sources[modality]) for modality in MODALITIES}
+    rest = {modality: iter(listed[modality]) for modality in MODALITIES}
     return [
-        tuple(Media(piece, next(rest[piece])) if isinstance(piece, str) else piece for piece in content) for content in contents
+        tuple(next(rest[piece]) if isinstance(piece, str) else piece for piece in content) for content in contents
     ]
 
 

@@ -1,7 +1,9 @@
 """Rows of a JSONL file as examples: media found, decoded, augmented and put through the model's processor."""
 
+import logging
+from abc import abstractmethod
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,27 +11,109 @@ from torch.utils.data import Dataset
 
 from datamodules.augment import Augment, rng
 from datamodules.batch import MODALITIES, Example, Modality, RowError
+from datamodules.cache import CacheOptions
+from datamodules.cache_keys import media_settings
+from datamodules.cached_media import CachedMedia
 from datamodules.content import Media
 from datamodules.conversation import Sample, parse_row
 from datamodules.jsonl import JsonlFile
-from datamodules.media import Decoded, MediaLimits, decode
+from datamodules.media import Decoded, MediaLimits, decode, media_key, probe
+from datamodules.parts import Prepared
 from datamodules.processor import Processor
 from datamodules.prompt_template import PromptTemplate
-from datamodules.sources import MediaError, MediaRoot, content_key
+from datamodules.sources import MediaError, MediaRoot
+
+log = logging.getLogger(__name__)
 
 
 class RowKey(NamedTuple):
-    """A row in an epoch: what an example, augmentation included, is a pure function of."""
+    """A row, and how often it has come before: what an example, augmentation included, is a pure function of.
+
+    The second is the epoch, where each epoch has each row once; in a mixture it is the pass over the rows of the source.
+    """
 
     row: int
     epoch: int
 
 
-class MultiModalDataset(Dataset[Example]):
-    """The rows of one JSONL file.
+class RowDataset(Dataset[Example]):
+    """Rows as examples, from one file or several.
 
     `dataset[i]` is the example of row i, or raises a `RowError` that names file, line and reason. A loader asks for
     whole batches (`__getitems__`) and gets such errors beside the examples, so that one bad row costs one row.
+
+    Attributes:
+        processor: The model's own; turns samples into examples.
+        generate: Whether examples end where the answer begins.
+    """
+
+    processor: Processor
+    generate: bool
+
+    @property
+    @abstractmethod
+    def sources(self) -> "Sequence[MultiModalDataset]":
+        """The files that the rows come from, in the order of the rows."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    @abstractmethod
+    def __getitem__(self, key: int | RowKey) -> Example:
+        """The example of a row.
+
+        Raises:
+            RowError: The row cannot be used.
+        """
+
+    @abstractmethod
+    def sample(self, row: int) -> Sample:
+        """Row number `row` as a sample, without its media.
+
+        Raises:
+            RowError: The row is malformed.
+        """
+
+    @abstractmethod
+    def num_tokens(self, row: int) -> int:
+        """Length of the example of a row, without augmentation, from its text and the headers of its media alone.
+
+        Raises:
+            RowError: The row cannot be used.
+        """
+
+    @abstractmethod
+    def decode(self, sample: Sample, key: RowKey | None = None) -> dict[Modality, list[tuple[str, Decoded]]]:
+        """Decoded media of a sample by modality, each with a key of its content.
+
+        Args:
+            sample: The row.
+            key: The row in an epoch, from which random augmentation is drawn; None: without augmentation.
+
+        Raises:
+            RowError: A medium is missing, corrupt, or over a limit; or the model takes none of its kind.
+        """
+
+    def __getitems__(self, keys: Sequence[int | RowKey]) -> list[Example | RowError]:
+        items: list[Example | RowError] = []
+        for key in keys:
+            try:
+                items.append(self[key])
+            except RowError as error:
+                items.append(error)
+        return items
+
+    def in_turn(self) -> Iterator[int]:
+        """Row numbers, one of each source in turn: the first few are a look at all of them."""
+        sizes = [len(source) for source in self.sources]
+        starts = [sum(sizes[:place]) for place in range(len(sizes))]
+        for place in range(max(sizes)):
+            yield from (start + place for start, size in zip(starts, sizes, strict=True) if place < size)
+
+
+class MultiModalDataset(RowDataset):
+    """The rows of one JSONL file.
 
     Args:
         data_path: The JSONL file.
@@ -38,10 +122,11 @@ class MultiModalDataset(Dataset[Example]):
         prompt_template: For flat rows, for example "Question: {question}".
         modality: The modality of a single `augment`.
         augment: Random augmentation for training, of `modality` or of each modality; None: none.
-        seed: Seed of the augmentation.
+        seed: Seed of the augmentation; in a mixture also of which rows come first.
         rows: Which rows of the file belong to the dataset, in the order of the file; None: all.
         generate: Examples end where the answer begins, and rows need no answer.
         limits: How big media may be, before they are decoded.
+        name: The name of these rows in a mixture.
 
     Raises:
         ValueError: The file, the media root or the prompt template cannot be used.
@@ -59,10 +144,12 @@ class MultiModalDataset(Dataset[Example]):
         rows: Sequence[int] | None = None,
         generate: bool = False,
         limits: MediaLimits = MediaLimits(),  # it is frozen
+        name: str = "",
     ) -> None:
         if prompt_template is not None:
             PromptTemplate(prompt_template)  # what is wrong with it is said here, once, and not in a worker
-        self.file = JsonlFile(data_path)
+        self.name = name
+        self.file = JsonlFile(data_path, name)
         self.media_root = MediaRoot(Path(media_root))
         self.processor = processor
         self.prompt_template = prompt_template
@@ -72,6 +159,12 @@ class MultiModalDataset(Dataset[Example]):
         self.rows = rows if rows is not None else range(len(self.file))
         self.generate = generate
         self.limits = limits
+        self.cached: CachedMedia | None = None
+
+    @property
+    def sources(self) -> "Sequence[MultiModalDataset]":
+        """Itself."""
+        return (self,)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,26 +178,27 @@ class MultiModalDataset(Dataset[Example]):
         return self.file.origin(row).line
 
     def sample(self, row: int) -> Sample:
-        """Row number `row` as a sample, without its media.
-
-        Raises:
-            RowError: The row is malformed.
-        """
         line = self.rows[row]
         return parse_row(
             self.file[line], self.file.origin(line), prompt_template=self.prompt_template, require_answer=not self.generate
         )
 
+    def num_tokens(self, row: int) -> int:
+        sample = self.sample(row)
+        self.processor.check_media(sample)
+        num_tokens = {
+            modality: [self._num_tokens(medium, sample) for medium in sample.media(modality)] for modality in MODALITIES
+        }
+        return len(self.processor.encode(sample, num_tokens, self.generate).tokens)
+
+    def _num_tokens(self, medium: Media, sample: Sample) -> int:
+        try:
+            shape = probe(medium, self.media_root, self.limits, self.processor.encoders[medium.modality].transform)
+        except MediaError as error:
+            raise RowError(sample.origin, str(error)) from error
+        return self.processor.num_tokens(medium.modality, shape)
+
     def decode(self, sample: Sample, key: RowKey | None = None) -> dict[Modality, list[tuple[str, Decoded]]]:
-        """Decoded media of a sample by modality, each with a key of its content.
-
-        Args:
-            sample: The row.
-            key: The row in an epoch, from which random augmentation is drawn; None: without augmentation.
-
-        Raises:
-            RowError: A medium is missing, corrupt, or over a limit; or the model takes none of its kind.
-        """
         self.processor.check_media(sample)
         return {
             modality: [self._decode(medium, sample, key, place) for place, medium in enumerate(sample.media(modality))]
@@ -117,24 +211,61 @@ class MultiModalDataset(Dataset[Example]):
         generator = None if augment is None or key is None else rng(self.seed, key.epoch, self.rows[key.row], place)
         transform = self.processor.encoders[medium.modality].transform
         try:
-            content = content_key(medium.source, self.media_root)
-            decoded = decode(medium, self.media_root, self.limits, transform, generator)
+            content = media_key(medium, self.media_root, transform)
+            in_decoding = generator if augment is not None and augment.draws_frames else None
+            decoded = decode(medium, self.media_root, self.limits, transform, in_decoding)
         except MediaError as error:
             raise RowError(sample.origin, str(error)) from error
         if augment is None or key is None or generator is None:
             return content, decoded
-        return f"{content}@{key.epoch}.{key.row}.{place}", augment(decoded, generator)
+        return f"{content}@{self.name}.{key.epoch}.{key.row}.{place}", augment(decoded, generator)
+
+    def open_caches(self, media_cache: CacheOptions | None) -> None:
+        """From now on looks media up before they are decoded. A loader calls it when it starts: the weights that cached
+        features depend on are final then.
+
+        Args:
+            media_cache: Where decoded and transformed media are kept; None: nowhere.
+
+        Raises:
+            ValueError: A cache cannot be used.
+        """
+        media = None if media_cache is None else media_cache.open()
+        features = None if self.processor.features is None else self.processor.features()
+        if media is None and features is None:
+            self.cached = None
+            return
+        settings: dict[Modality, str] = {}
+        for modality, encoder in self.processor.encoders.items():
+            if modality in self.augment:
+                log.warning("%s: %s media change at random from epoch to epoch, so they are not cached", self.file.path, modality)
+            elif media is not None or (features is not None and modality in features.encoders):
+                settings[modality] = media_settings(modality, encoder.transform, self.limits)
+        self.cached = CachedMedia(self.media_root, settings, media, features)
+
+    def _look_up(self, medium: Media, sample: Sample, key: RowKey, place: int) -> tuple[str, Decoded | Prepared]:
+        """A medium with a key of its content, from the caches if it may come from there."""
+        if self.cached is None or medium.modality not in self.cached.settings:
+            return self._decode(medium, sample, key, place)
+        encoder = self.processor.encoders[medium.modality]
+        try:
+            content = media_key(medium, self.media_root, encoder.transform)
+            return content, self.cached.prepare(medium, encoder, lambda medium: self._decode(medium, sample, key, place)[1])
+        except MediaError as error:
+            raise RowError(sample.origin, str(error)) from error
 
     def __getitem__(self, key: int | RowKey) -> Example:
         key = key if isinstance(key, RowKey) else RowKey(key, 0)
         sample = self.sample(key.row)
-        return self.processor(sample, self.decode(sample, key), generate=self.generate)
-
-    def __getitems__(self, keys: Sequence[int | RowKey]) -> list[Example | RowError]:
-        items: list[Example | RowError] = []
-        for key in keys:
-            try:
-                items.append(self[key])
-            except RowError as error:
-                items.append(error)
-        return items
+        self.processor.check_media(sample)
+        media: dict[Modality, list[tuple[str, Decoded | Prepared]]] = {
+            modality: [self._look_up(medium, sample, key, place) for place, medium in enumerate(sample.media(modality))]
+            for modality in MODALITIES
+            if sample.media(modality)
+        }
+        example = self.processor(sample, media, generate=self.generate)
+        for modality, augment in self.augment.items():
+            for place, item in enumerate(example.media.get(modality, [])):
+                generator = rng(self.seed, key.epoch, self.rows[key.row], place, stage=1)
+                item.media = augment.change_tensor(item.media, generator)
+        return example

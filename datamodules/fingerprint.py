@@ -7,7 +7,6 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from datamodules.batch import Modality
-from datamodules.parts import EncoderLike, ProjectorLike
 
 if TYPE_CHECKING:
     from datamodules.processor import Processor
@@ -33,7 +32,7 @@ def aspects(processor: "Processor") -> dict[str, Any]:
     found["the tokenizer"] = [processor.tokenizer.backend_tokenizer.to_str(), processor.pad_id, processor.eos_ids]
     for modality, encoder in processor.encoders.items():
         found[f"the transform of {modality}_encoder"] = _describe(encoder.transform)
-        found[f"the tokens of {modality} media"] = _num_tokens(modality, encoder, processor.projectors[modality])
+        found[f"the number of tokens of {modality} media"] = _num_tokens(processor, modality)
     return found
 
 
@@ -50,7 +49,7 @@ def differences(now: "Processor", before: "Processor") -> list[str]:
 
 def _difference(name: str, old: Any, new: Any) -> str:
     values = f"{name} was {old!r} and is {new!r}"
-    return values if name.startswith("prompt.") and len(values) <= 200 else f"{name} is another"
+    return values if len(values) <= 200 else f"{name} is another"
 
 
 def _describe(transform: Any) -> str:
@@ -61,12 +60,12 @@ def _describe(transform: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def _num_tokens(modality: Modality, encoder: EncoderLike, projector: ProjectorLike) -> list[int | str]:
+def _num_tokens(processor: "Processor", modality: Modality) -> list[int | str]:
     """How many tokens media of some shapes take, or why they cannot be taken."""
     counts: list[int | str] = []
     for shape in PROBES[modality]:
         try:
-            counts.append(projector.num_tokens(encoder.num_tokens(shape)))
+            counts.append(processor.num_tokens(modality, shape))
         except ValueError as error:
             counts.append(str(error))
     return counts

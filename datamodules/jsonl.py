@@ -33,22 +33,24 @@ class JsonlFile:
 
     Args:
         path: The file: UTF-8, one JSON object a line.
+        source: The name of its rows in a mixture.
 
     Raises:
         ValueError: The file is missing, empty, a folder or not JSON lines, or its index can be written nowhere.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, source: str = "") -> None:
         self.path = Path(path)
+        self.source = source
         self._data, self._stamp = _map_file(self.path)
         _refuse_other_formats(self.path, self._data[:_HEAD_BYTES])
         self._index = open_index(self.path, self._data, self._stamp)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "stamp": self._stamp}
+        return {"path": self.path, "source": self.source, "stamp": self._stamp}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
+        self.__init__(state["path"], state["source"])  # type: ignore[misc]
         if self._stamp != state["stamp"]:
             raise ValueError(f"{self.path} was changed while it was in use: leave data files alone during a run, and start again")
 
@@ -79,7 +81,7 @@ class JsonlFile:
             IndexError: There is no such row.
         """
         i = self._check(i)
-        return Origin(str(self.path), i + 1 + self._index.num_blanks_before(i))
+        return Origin(str(self.path), i + 1 + self._index.num_blanks_before(i), self.source)
 
     def _check(self, i: int) -> int:
         i = operator.index(i)

@@ -2,16 +2,17 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
 from datamodules.batch import MODALITIES, Batch, Example, Modality, RowError
+from datamodules.cache import CacheOptions
 from datamodules.collate import collate
-from datamodules.dataset import MultiModalDataset
-from datamodules.sampler import GlobalBatches, RowSampler
+from datamodules.dataset import RowDataset
+from datamodules.sampler import GlobalBatches, Portion, RowSampler
 from datamodules.skipped import SkippedRows
 
 log = logging.getLogger(__name__)
@@ -33,29 +34,36 @@ class RowLoader:
     Args:
         dataset: Rows to load.
         batch_size: Rows a batch, on each rank.
-        skipped: Where skipped rows are named.
+        skipped: Where skipped rows are named, by the name of their source.
+        weights: Passes over the rows of a source an epoch, by its name; without one: each row once.
         shuffle: A new order of rows each epoch.
         seed: Seed of the orders.
         num_workers: Processes that read and decode, kept from epoch to epoch; 0: this one does it.
         rank: This process.
         world_size: Number of processes.
+        media_cache: Where decoded and transformed media are kept; None: nowhere.
     """
 
     def __init__(
         self,
-        dataset: MultiModalDataset,
+        dataset: RowDataset,
         batch_size: int,
-        skipped: SkippedRows,
+        skipped: Mapping[str, SkippedRows],
+        weights: Mapping[str, float] | None = None,
         shuffle: bool = False,
         seed: int = 0,
         num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        media_cache: CacheOptions | None = None,
     ) -> None:
         self.dataset = dataset
         self.skipped = skipped
         self.num_workers = num_workers
-        self.rows = RowSampler(len(dataset), shuffle, seed)
+        self.media_cache = media_cache
+        weights = weights or {}
+        self.portions = {s.name: Portion(len(s), weights.get(s.name, 1.0), s.seed) for s in dataset.sources}
+        self.rows = RowSampler(list(self.portions.values()), shuffle, seed)
         self.batches = GlobalBatches(self.rows, batch_size, rank, world_size)
         self.counts: Counter[str] = Counter()
         self._loader: DataLoader[Batch] | None = None
@@ -85,15 +93,18 @@ class RowLoader:
 
     def row_counts(self) -> dict[str, int]:
         """Rows of the epoch at hand, on this rank: rows = trained + skipped + not_reached; and its dropped_tokens."""
-        trained, skipped = self.counts["trained"], self.counts["skipped"]
-        rows = self.batches.num_rows()
-        return {
-            "rows": rows,
-            "trained": trained,
-            "skipped": skipped,
-            "not_reached": rows - trained - skipped,
-            "dropped_tokens": self.counts["dropped_tokens"],
-        }
+        total: Counter[str] = Counter()
+        for counts in self.source_counts().values():
+            total.update(counts)
+        return {**total, "dropped_tokens": self.counts["dropped_tokens"]}
+
+    def source_counts(self) -> dict[str, dict[str, int]]:
+        """The rows of `row_counts` by the name of their source."""
+        counts: dict[str, dict[str, int]] = {}
+        for name, rows in zip(self.portions, self.batches.num_rows(), strict=True):
+            trained, skipped = (self.counts[_key(kind, name)] for kind in ("trained", "skipped"))
+            counts[name] = {"rows": rows, "trained": trained, "skipped": skipped, "not_reached": rows - trained - skipped}
+        return counts
 
     def media_counts(self) -> dict[Modality, int]:
         """Media delivered in the epoch at hand, on this rank; one that stands in several rows counts each time."""
@@ -104,6 +115,8 @@ class RowLoader:
         self._loader = None
 
     def _start(self) -> DataLoader[Batch]:
+        for source in self.dataset.sources:
+            source.open_caches(self.media_cache)
         return DataLoader(
             self.dataset,  # type: ignore[arg-type]  # the collate function makes batches of its examples
             batch_sampler=self.batches,
@@ -117,9 +130,10 @@ class RowLoader:
 
     def _account(self, batch: Batch) -> None:
         """Counts the rows of a batch that is about to be handed out."""
-        self.counts["skipped"] += len(batch["skipped"])
-        self.skipped.add(batch["skipped"])
-        self.counts["trained"] += len(batch["examples"])
+        self.counts.update(_key("skipped", error.origin.source) for error in batch["skipped"])
+        for name, skipped in self.skipped.items():
+            skipped.add([error for error in batch["skipped"] if error.origin.source == name])
+        self.counts.update(_key("trained", example.get("source", "")) for example in batch["examples"])
         self.counts["dropped_tokens"] += batch["num_dropped_tokens"]
         for modality in MODALITIES:
             if modality in batch:
@@ -173,7 +187,8 @@ class StatefulLoader(RowLoader):
             ValueError: It is a place in another order of rows.
         """
         saved, now = state["order"], self._order()
-        changed = [f"{name} {saved[name]} (now {now[name]})" for name in now if saved[name] != now[name]]
+        names = dict.fromkeys([*saved, *now])
+        changed = [f"{name} {saved.get(name)} (now {now.get(name)})" for name in names if saved.get(name) != now.get(name)]
         if changed:
             raise ValueError(
                 f"the checkpoint's place in the training data belongs to {', '.join(changed)}: a run is resumed with the data "
@@ -191,14 +206,23 @@ class StatefulLoader(RowLoader):
     def _place(self) -> dict[str, Any]:
         return {"epoch": self.rows.epoch, "batch": self.rows.batch, "counts": dict(self.counts)}
 
-    def _order(self) -> dict[str, int]:
-        """What the batches of an epoch are a function of, by the names of the options."""
+    def _order(self) -> dict[str, Any]:
+        """What the batches of an epoch are a function of, in words."""
+        order: dict[str, Any] = {"sources": " + ".join(self.portions)} if len(self.portions) > 1 else {}
+        for name, portion in self.portions.items():
+            of_source = f" of {name}" if name else ""
+            order[f"training rows{of_source}"] = portion.num_rows
+            order[f"weight{of_source}"] = portion.weight
         return {
-            "training rows": self.rows.num_rows,
+            **order,
             "batch_size x processes": self.batches.global_size,
             "shuffle": self.rows.shuffle,
             "seed": self.rows.seed,
         }
+
+
+def _key(kind: str, source: str) -> str:
+    return f"{kind}/{source}" if source else kind
 
 
 class Collate:

@@ -7,10 +7,10 @@ from typing import Any
 from PIL import Image
 
 from datamodules.content import Media
-from datamodules.media_audio import AudioLimits, Waveform
-from datamodules.media_image import ImageLimits, decode_image
-from datamodules.media_video import Clip, VideoLimits
-from datamodules.sources import MediaRoot
+from datamodules.media_audio import AudioLimits, Waveform, decode_audio, probe_audio
+from datamodules.media_image import ImageLimits, decode_image, probe_image
+from datamodules.media_video import Clip, VideoLimits, decode_video, probe_clip
+from datamodules.sources import MediaRoot, content_key
 
 Decoded = Image.Image | Clip | Waveform
 
@@ -21,7 +21,7 @@ class MediaLimits:
 
     Args:
         image: Of images.
-        video: Of videos.
+        video: Of videos, and which library reads them.
         audio: Of sounds, and of the sound tracks of videos.
     """
 
@@ -47,6 +47,52 @@ def decode(
     """
     match medium.modality:
         case "image":
-            return decode_image(medium.source, media_root, limits.image)
-        case "video" | "audio":
-            raise NotImplementedError(medium.modality)
+            return decode_image(medium.files[0], media_root, limits.image)
+        case "video":
+            return decode_video(medium, media_root, limits.video, transform.sampling, generator)
+        case "audio":
+            rate, least = transform.sample_rate, transform.min_samples
+            return decode_audio(medium.files[0], media_root, limits.audio, rate, least, medium.start, medium.end)
+
+
+def probe(medium: Media, media_root: MediaRoot, limits: MediaLimits, transform: Any) -> tuple[int, ...]:
+    """The shape that `decode` gives, from the header of the file alone: (H, W), (F, H, W) or (S,).
+
+    Args:
+        medium: What the row names.
+        media_root: The folder that paths are below.
+        limits: How big it may be.
+        transform: The encoder's.
+
+    Raises:
+        MediaError: The source cannot be used, or its header cannot be read.
+    """
+    match medium.modality:
+        case "image":
+            return probe_image(medium.files[0], media_root, limits.image)
+        case "video":
+            return probe_clip(medium, media_root, limits.video, transform.sampling)
+        case "audio":
+            header = probe_audio(medium.files[0], media_root, limits.audio, medium.start, medium.end)
+            return header.shape(transform.sample_rate, transform.min_samples)
+
+
+def media_key(medium: Media, media_root: MediaRoot, transform: Any) -> str:
+    """A cheap key, the same for two media where `decode` gives the same of them.
+
+    Args:
+        medium: What the row names.
+        media_root: The folder that paths are below.
+        transform: The encoder's.
+
+    Raises:
+        MediaError: A file cannot be found.
+    """
+    files = "|".join(content_key(file, media_root) for file in medium.files)
+    match medium.modality:
+        case "image":
+            return files
+        case "video":
+            return f"{files}[{medium.start}:{medium.end}] at {medium.fps} fps, {transform.sampling}"
+        case "audio":
+            return f"{files}[{medium.start}:{medium.end}] at {transform.sample_rate} Hz"

@@ -2,10 +2,13 @@
 
 import pydoc
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from PIL import Image
 from torch import Tensor
+
+from datamodules.batch import MediaItem
 
 
 class EncoderLike(Protocol):
@@ -32,11 +35,50 @@ class ProjectorLike(Protocol):
         """Class and options, as JSON."""
 
 
+class FusionLike(Protocol):
+    """What the data side uses of a fusion."""
+
+    def num_placeholders(self, num_embeddings: int) -> int:
+        """Tokens that the embeddings of a medium take in a row."""
+
+    def spec(self) -> dict[str, Any]:
+        """Class and options, as JSON."""
+
+
 def media_shape(decoded: Any) -> tuple[int, ...]:
     """Shape of a decoded medium: (height, width) of a picture, else that of the array."""
     if isinstance(decoded, Image.Image):
         return decoded.height, decoded.width
     return tuple(decoded.shape)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A medium that needs no decoding and no transform any more.
+
+    Args:
+        tensor: What the encoder's transform gave, or the features that the encoder gave, (L, D).
+        num_features: Features that it becomes.
+        has_features: Whether the tensor is the features.
+        feature_key: Under which its features are to be kept once they are there; empty: not at all.
+    """
+
+    tensor: Tensor
+    num_features: int
+    has_features: bool = False
+    feature_key: str = ""
+
+
+def num_features(medium: Any, encoder: EncoderLike) -> int:
+    """How many features a medium becomes, decoded or prepared."""
+    return medium.num_features if isinstance(medium, Prepared) else encoder.num_tokens(media_shape(medium))
+
+
+def media_item(key: str, medium: Any, encoder: EncoderLike, num_tokens: int, position: int) -> MediaItem:
+    """A medium of a row, decoded or prepared, ready for a batch; see `MediaItem`."""
+    if isinstance(medium, Prepared):
+        return MediaItem(key, medium.tensor, num_tokens, position, medium.has_features, medium.feature_key)
+    return MediaItem(key, encoder.transform(medium), num_tokens, position)
 
 
 def part_from_spec(spec: dict[str, Any]) -> Any:

@@ -1,17 +1,18 @@
 """The one truth about text and pixels: a `Sample` in, an `Example` of token ids, labels and media tensors out."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from datamodules.batch import MODALITIES, Example, MediaItem, Modality, RowError
+from datamodules.cached_media import FeatureStore
 from datamodules.chat_tokenizer import MEDIA_TOKENS, ChatTokenizer, load_tokenizer
 from datamodules.conversation import Message, Sample, Text
 from datamodules.fingerprint import fingerprint
-from datamodules.parts import EncoderLike, ProjectorLike, media_shape, part_from_spec
+from datamodules.parts import EncoderLike, FusionLike, ProjectorLike, media_item, num_features, part_from_spec
 from datamodules.processor_files import DESCRIPTION, as_folder, read_files, tokenizer_files, write_files
 from datamodules.template import ConversationError
 from datamodules.tokens import Encoded, Tokens, expand, limit_length
@@ -57,6 +58,7 @@ class Processor:
         prompt: Template, system message and length limit.
         encoders: The model's encoder of each modality; it need not be built.
         projectors: The model's projector of each modality; it need not be built.
+        fusion: The model's fusion; None: each embedding of a medium takes the place of one token.
 
     Raises:
         ValueError: A modality has an encoder but no projector, or the other way round.
@@ -68,11 +70,14 @@ class Processor:
         prompt: PromptOptions = PromptOptions(),  # it is frozen
         encoders: Mapping[Modality, EncoderLike] | None = None,
         projectors: Mapping[Modality, ProjectorLike] | None = None,
+        fusion: FusionLike | None = None,
     ) -> None:
         self.name_or_path = tokenizer
         self.prompt = prompt
         self.encoders = dict(encoders or {})
         self.projectors = dict(projectors or {})
+        self.fusion = fusion
+        self.features: Callable[[], FeatureStore | None] | None = None  # set by a model that keeps features
         self._files: dict[str, bytes] | None = None
         if self.encoders.keys() != self.projectors.keys():
             raise ValueError(
@@ -87,7 +92,7 @@ class Processor:
 
         Args:
             sample: The row.
-            media: For each modality the key and the decoded medium of each item, in the order of `sample.media`.
+            media: For each modality the key and the medium of each item, decoded or `Prepared`, in the order of `sample.media`.
             generate: Make the prompt for the last answer instead; that answer becomes the example's `reference`.
 
         Raises:
@@ -97,30 +102,20 @@ class Processor:
         self.check_media(sample)
         media = media or {}
         num_tokens = {
-            modality: [self.num_tokens(modality, media_shape(item)) for _, item in items] for modality, items in media.items()
+            modality: [self._num_placeholders(modality, num_features(item, self.encoders[modality])) for _, item in items]
+            for modality, items in media.items()
         }
-        tokens, labels, choices, num_dropped = self.encode(sample, num_tokens, generate)
+        encoded = self.encode(sample, num_tokens, generate)
+        places = {modality: encoded.positions[self.chat.media_ids[modality]] for modality in num_tokens}
         items: dict[str, list[MediaItem]] = {
             modality: [
-                MediaItem(key, self.encoders[modality].transform(item), num)
-                for (key, item), num in zip(media[modality], nums, strict=True)
+                media_item(key, item, self.encoders[modality], num, position)
+                for (key, item), num, position in zip(media[modality], nums, places[modality], strict=True)
             ]
             for modality, nums in num_tokens.items()
             if nums
         }
-        last = sample.messages[-1]
-        prompts = [message.text for message in sample.messages if message.role == "user"]
-        return Example(
-            origin=sample.origin,
-            id=sample.id,
-            tokens=tokens,
-            labels=labels,
-            media=items,
-            choices=choices,
-            prompt=prompts[-1] if prompts else "",
-            reference=last.text if last.role == "assistant" else "",
-            num_dropped_tokens=num_dropped,
-        )
+        return self._example(sample, encoded, items)
 
     def num_tokens(self, modality: Modality, shape: tuple[int, ...]) -> int:
         """How many tokens a medium of this shape takes in a row.
@@ -129,7 +124,11 @@ class Processor:
             modality: Its kind.
             shape: Shape of the decoded medium, as `media_shape` gives it.
         """
-        return self.projectors[modality].num_tokens(self.encoders[modality].num_tokens(shape))
+        return self._num_placeholders(modality, self.encoders[modality].num_tokens(shape))
+
+    def _num_placeholders(self, modality: Modality, num_features: int) -> int:
+        num_embeddings = self.projectors[modality].num_tokens(num_features)
+        return num_embeddings if self.fusion is None else self.fusion.num_placeholders(num_embeddings)
 
     def encode(self, sample: Sample, num_tokens: Mapping[Modality, Sequence[int]], generate: bool = False) -> Encoded:
         """The text of a sample as tokens, with media as placeholders; no medium is read.
@@ -149,15 +148,7 @@ class Processor:
             if got != expected:
                 raise ValueError(f"{sample.origin}: expected the {modality} of {expected} places in the row, got {got}")
         try:
-            messages = self._messages(sample, generate)
-            chat = [(message.role, self._text(message)) for message in messages]
-            if generate:
-                tokens = Tokens(self.chat.prompt(chat), [], None)
-            else:
-                for choice in sample.choices:
-                    self.chat.check_text(choice)
-                supervised = [number for number, message in enumerate(messages) if message.supervised]
-                tokens = self.chat.write(chat, supervised, sample.choices)
+            tokens = self._tokens(self.chat, sample, generate)
             counts = {self.chat.media_ids[modality]: nums for modality, nums in num_tokens.items()}
             media_ids = self.chat.media_ids.values()
             return limit_length(
@@ -225,6 +216,7 @@ class Processor:
                 "prompt": asdict(replace(self.prompt, chat_template=None)),
                 "encoders": {modality: part.spec() for modality, part in self.encoders.items()},
                 "projectors": {modality: part.spec() for modality, part in self.projectors.items()},
+                "fusion": None if self.fusion is None else self.fusion.spec(),
             }
             text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
             self._files = {**tokenizer_files(self.tokenizer), DESCRIPTION: text.encode()}
@@ -240,9 +232,14 @@ class Processor:
         if DESCRIPTION not in files:
             raise ValueError(f"these are not the files of a processor: expected {DESCRIPTION} among {', '.join(sorted(files))}")
         saved = json.loads(files[DESCRIPTION])
+        if "ready_model" in saved:
+            from datamodules.pretrained_processor import PretrainedProcessor
+
+            return PretrainedProcessor.from_saved(saved, files)
         encoders = {modality: part_from_spec(spec) for modality, spec in saved["encoders"].items()}
         projectors = {modality: part_from_spec(spec) for modality, spec in saved["projectors"].items()}
-        processor = cls(saved["tokenizer"], PromptOptions(**saved["prompt"]), encoders, projectors)
+        fusion = None if saved["fusion"] is None else part_from_spec(saved["fusion"])
+        processor = cls(saved["tokenizer"], PromptOptions(**saved["prompt"]), encoders, projectors, fusion)
         processor._files = dict(files)
         return processor
 
@@ -268,6 +265,31 @@ class Processor:
     def __reduce__(self) -> tuple[Any, ...]:
         # a loader worker gets what the parts are, not the weights that they may have by then
         return type(self).from_files, (self.files(),)
+
+    def _tokens(self, tokenizer: ChatTokenizer, sample: Sample, generate: bool) -> Tokens:
+        """A sample as the tokenizer writes it, and what is learnt of it."""
+        messages = self._messages(sample, generate)
+        chat = [(message.role, self._text(message)) for message in messages]
+        if generate:
+            return Tokens(tokenizer.prompt(chat), [], None)
+        for choice in sample.choices:
+            tokenizer.check_text(choice)
+        return tokenizer.write(chat, [number for number, message in enumerate(messages) if message.supervised], sample.choices)
+
+    def _example(self, sample: Sample, encoded: Encoded, media: dict[str, list[MediaItem]]) -> Example:
+        last = sample.messages[-1]
+        prompts = [message.text for message in sample.messages if message.role == "user"]
+        return Example(
+            origin=sample.origin,
+            id=sample.id,
+            tokens=encoded.tokens,
+            labels=encoded.labels,
+            media=media,
+            choices=encoded.choices,
+            prompt=prompts[-1] if prompts else "",
+            reference=last.text if last.role == "assistant" else "",
+            num_dropped_tokens=encoded.num_dropped,
+        )
 
     def _messages(self, sample: Sample, generate: bool) -> list[Message]:
         """The messages that are written: with the system message of the options, and without the answer to be generated."""

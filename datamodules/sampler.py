@@ -1,9 +1,11 @@
 """Which rows make which batch: a pure function of seed and epoch, so that a run can go on anywhere.
 
-Shape suffixes: R rows of an epoch, in their order.
+Shape suffixes: R rows of an epoch, in their order; 2 row and epoch, as in `RowKey`.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,12 +14,55 @@ from torch.utils.data import Sampler
 from datamodules.dataset import RowKey
 
 
+@dataclass(frozen=True)
+class Portion:
+    """What each epoch takes of a source: the next stretch of its endless sequence of passes.
+
+    A pass has each row once. So no row comes a third time before each has come twice, whatever the weight, and each epoch
+    takes as many rows as the one before.
+
+    Args:
+        num_rows: Rows of the source.
+        weight: Passes an epoch; the rows of an epoch are rounded to a whole number, at least 1.
+        seed: Seed of the order of the passes that epochs begin or end in the middle of.
+    """
+
+    num_rows: int
+    weight: float = 1.0
+    seed: int = 0
+
+    @property
+    def num_rows_an_epoch(self) -> int:
+        """Rows that each epoch takes."""
+        return max(1, math.floor(self.weight * self.num_rows + 0.5))
+
+    def rows(self, epoch: int, shuffle: bool) -> Tensor:
+        """Rows and passes keys_R2 of an epoch, not yet mixed.
+
+        Args:
+            epoch: Counted from 0.
+            shuffle: Draw which rows come first in a pass; False: those that do in the file.
+        """
+        first, end = epoch * self.num_rows_an_epoch, (epoch + 1) * self.num_rows_an_epoch
+        stretches = []
+        for number in range(first // self.num_rows, -(-end // self.num_rows)):
+            begin = number * self.num_rows
+            places = slice(max(first - begin, 0), min(end - begin, self.num_rows))
+            is_whole = places == slice(0, self.num_rows)
+            rows_R = self._order(number) if shuffle and not is_whole else torch.arange(self.num_rows)
+            stretches.append(torch.stack([rows_R[places], torch.full_like(rows_R[places], number)], dim=1))
+        return torch.cat(stretches)
+
+    def _order(self, number: int) -> Tensor:
+        return torch.randperm(self.num_rows, generator=_generator(self.seed, number))
+
+
 class RowSampler(Sampler[RowKey]):
     """The rows of an epoch in their order, and the place in it.
 
     Args:
-        num_rows: Rows of the dataset.
-        shuffle: A new order each epoch; False: the order of the file.
+        portions: What each epoch takes of the sources, in the order in which the dataset has them.
+        shuffle: A new order each epoch; False: the order of the files, one after the other.
         seed: Seed of the orders.
 
     Attributes:
@@ -25,8 +70,8 @@ class RowSampler(Sampler[RowKey]):
         batch: How many of its batches have been handed out.
     """
 
-    def __init__(self, num_rows: int, shuffle: bool, seed: int) -> None:
-        self.num_rows = num_rows
+    def __init__(self, portions: Sequence[Portion], shuffle: bool, seed: int) -> None:
+        self.portions = tuple(portions)
         self.shuffle = shuffle
         self.seed = seed
         self.go_to(0, 0)
@@ -53,19 +98,22 @@ class RowSampler(Sampler[RowKey]):
         self._begun = True
 
     def order(self) -> Tensor:
-        """Row numbers order_R of the epoch at hand."""
-        if not self.shuffle:
-            return torch.arange(self.num_rows)
+        """Rows of the dataset, and the pass that each of them belongs to: keys_R2 of the epoch at hand."""
+        starts = [sum(portion.num_rows for portion in self.portions[:place]) for place in range(len(self.portions))]
+        keys_R2 = torch.cat(
+            [
+                portion.rows(self.epoch, self.shuffle) + torch.tensor([start, 0])
+                for portion, start in zip(self.portions, starts, strict=True)
+            ]
+        )
         # a generator of its own: the global one serves the model, and resumes from a checkpoint
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return torch.randperm(self.num_rows, generator=generator)
+        return keys_R2[torch.randperm(len(keys_R2), generator=_generator(self.seed, self.epoch))] if self.shuffle else keys_R2
 
     def __len__(self) -> int:
-        return self.num_rows
+        return sum(portion.num_rows_an_epoch for portion in self.portions)
 
     def __iter__(self) -> Iterator[RowKey]:
-        epoch = self.epoch
-        return (RowKey(row, epoch) for row in self.order().tolist())
+        return (RowKey(row, epoch) for row, epoch in self.order().tolist())
 
 
 class GlobalBatches(Sampler[list[RowKey]]):
@@ -93,15 +141,20 @@ class GlobalBatches(Sampler[list[RowKey]]):
         return self.batch_size * self.world_size
 
     def __len__(self) -> int:
-        return -(-self.sampler.num_rows // self.global_size)
+        return -(-len(self.sampler) // self.global_size)
 
-    def num_rows(self) -> int:
-        """Rows of an epoch that this rank gets."""
-        full, rest = divmod(self.sampler.num_rows, self.global_size)
-        return full * self.batch_size + len(range(self.rank, rest, self.world_size))
+    def num_rows(self) -> list[int]:
+        """Rows of an epoch that this rank gets of each source."""
+        ends = torch.tensor([portion.num_rows for portion in self.sampler.portions]).cumsum(0)
+        rows_R = self.sampler.order()[self.rank :: self.world_size, 0]  # as below: a batch begins at a multiple of world_size
+        return torch.bucketize(rows_R.contiguous(), ends, right=True).bincount(minlength=len(ends)).tolist()
 
     def __iter__(self) -> Iterator[list[RowKey]]:
-        epoch, size, order_R = self.sampler.epoch, self.global_size, self.sampler.order()
+        size, order_R2 = self.global_size, self.sampler.order()
         for batch in range(self.sampler.batch, len(self)):
-            rows_R = order_R[batch * size : (batch + 1) * size][self.rank :: self.world_size]
-            yield [RowKey(row, epoch) for row in rows_R.tolist()]
+            keys_R2 = order_R2[batch * size : (batch + 1) * size][self.rank :: self.world_size]
+            yield [RowKey(row, epoch) for row, epoch in keys_R2.tolist()]
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)

@@ -8,6 +8,7 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from datamodules.batch import Modality
@@ -78,6 +79,56 @@ def content_key(source: str, media_root: MediaRoot) -> str:
         return "data:" + hashlib.blake2b(source.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     path, status = _locate(source, media_root)
     return f"{path}|{status.st_size}|{status.st_mtime_ns}"
+
+
+class FileState(NamedTuple):
+    """A file, and what does not stay the same where its content changes: `changed_ns` (ctime) cannot be set by hand."""
+
+    path: Path
+    device: int
+    inode: int
+    num_bytes: int
+    modified_ns: int
+    changed_ns: int
+
+
+def find_file(source: str, media_root: MediaRoot) -> FileState | None:
+    """The file of a source as it is now; None for a `data:` URI.
+
+    Raises:
+        MediaError: It cannot be found.
+    """
+    if _is_data_uri(source):
+        return None
+    path, status = _locate(source, media_root)
+    return FileState(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def time_span(name: str, start: float, end: float | None, seconds: float) -> tuple[float, float]:
+    """The part of a video or sound from `start` to `end`; an end that is up to 0.1 seconds late is the medium's own.
+
+    Args:
+        name: The medium, for errors.
+        start: In seconds.
+        end: In seconds; None: where the medium ends.
+        seconds: Length of the medium.
+
+    Raises:
+        MediaError: The part lies beyond the medium.
+    """
+    if start and start >= seconds:
+        raise MediaError(f"{name} is {seconds:.2f} seconds long, but the row takes it from start = {start:g}")
+    if end is not None and end > seconds + 0.1:
+        raise MediaError(
+            f"{name} is {seconds:.2f} seconds long, but the row takes it up to end = {end:g}: lower it, or leave it out to take "
+            "the rest"
+        )
+    return start, seconds if end is None else min(end, seconds)
+
+
+def full_name(source: str, media_root: MediaRoot) -> str:
+    """A name that a medium has in all rows of all sources, found without looking for it."""
+    return source if _is_data_uri(source) else os.path.normpath(media_root.path / source)
 
 
 def media_name(source: str) -> str:

@@ -21,12 +21,16 @@ class Tokens(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A row as tokens; see `Example` for what the fields mean."""
+    """A row as tokens; see `Example` for what the fields mean.
+
+    `positions` has for the id of each modality where its media stand, see `MediaItem`.
+    """
 
     tokens: list[int]
     labels: list[int]
     choices: list[list[int]] | None
     num_dropped: int
+    positions: dict[int, list[int]]
 
 
 class Cut(NamedTuple):
@@ -98,23 +102,26 @@ def allowed_next(answer: Sequence[int], options: Iterable[Sequence[int]]) -> lis
 
 
 def expand(tokens: Tokens, counts: Mapping[int, Sequence[int]]) -> Encoded:
-    """Ids and labels, with each medium's id repeated as often as it has embeddings.
+    """Ids and labels, with each medium's id repeated as often as it has placeholders; with none it is left out.
 
     Args:
         tokens: The conversation.
-        counts: For the id of each modality the embeddings of each of its media, in order.
+        counts: For the id of each modality the placeholders of each of its media, in order.
     """
     labels = [IGNORE_INDEX] * len(tokens.ids)
     for span in tokens.spans:
         labels[span.start : span.stop] = tokens.ids[span.start : span.stop]
     expanded, expanded_labels, done = [], [], 0
     remaining = {media_id: iter(nums) for media_id, nums in counts.items()}
+    positions: dict[int, list[int]] = {media_id: [] for media_id in counts}
     for position, token in enumerate(tokens.ids):
         if token in remaining:
-            expanded += tokens.ids[done:position] + [token] * (num := next(remaining[token]))
+            expanded += tokens.ids[done:position]
+            positions[token].append(len(expanded))
+            expanded += [token] * (num := next(remaining[token]))
             expanded_labels += labels[done:position] + [IGNORE_INDEX] * num
             done = position + 1
-    return Encoded(expanded + tokens.ids[done:], expanded_labels + labels[done:], tokens.choices, 0)
+    return Encoded(expanded + tokens.ids[done:], expanded_labels + labels[done:], tokens.choices, 0, positions)
 
 
 def limit_length(encoded: Encoded, max_length: int, media_ids: Collection[int], cut: bool) -> Encoded:
@@ -129,7 +136,7 @@ def limit_length(encoded: Encoded, max_length: int, media_ids: Collection[int], 
     Raises:
         ConversationError: It is longer and cannot be cut.
     """
-    tokens, labels, choices, _ = encoded
+    tokens, labels, choices, _, positions = encoded
     if len(tokens) <= max_length:
         return encoded
     num_media = sum(token in media_ids for token in tokens)
@@ -138,10 +145,11 @@ def limit_length(encoded: Encoded, max_length: int, media_ids: Collection[int], 
         raise ConversationError(
             f"{too_long}; shorten the row, raise prompt.max_length, or set prompt.on_too_long to cut (prompts are never cut)"
         )
-    if any(token in media_ids for token in tokens[max_length:]):
+    starts = [position for places in positions.values() for position in places]
+    if any(token in media_ids for token in tokens[max_length:]) or any(start >= max_length for start in starts):
         raise ConversationError(f"{too_long}, and cutting its end would cut a medium; raise prompt.max_length")
     num_supervised = sum(label != IGNORE_INDEX for label in labels[:max_length])
     if num_supervised == 0:
         raise ConversationError(f"{too_long}, and cutting its end would cut the whole answer; raise prompt.max_length")
     kept = None if choices is None else choices[:num_supervised]
-    return Encoded(tokens[:max_length], labels[:max_length], kept, len(tokens) - max_length)
+    return Encoded(tokens[:max_length], labels[:max_length], kept, len(tokens) - max_length, positions)

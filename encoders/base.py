@@ -27,7 +27,7 @@ MediaTransform = Callable[[Any], Tensor]
 
 The tensors of two items of a modality may differ in their first dimension (time) only: a batch pads it with zeros, and its mask
 says what is real. The transform of a video encoder has `sampling`, which says which frames are decoded, that of an audio
-encoder `sample_rate`, in Hz.
+encoder `sample_rate`, in Hz, and `min_samples`, the fewest samples that it takes.
 """
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -76,6 +76,17 @@ class Part(nn.Module):
     def has_source(self) -> bool:
         """Whether `build` reads weights that it would read again; otherwise checkpoints hold also what is frozen."""
         return False
+
+    @property
+    def gates(self) -> dict[str, nn.Parameter]:
+        """Own factors that start at 0, by name: no gradient passes the part, to what lies before it, while all of them are 0."""
+        return {}
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether all gates are still 0, so that what lies before this part gets gradients of exactly 0."""
+        gates = [gate.flatten() for gate in self.gates.values()]
+        return bool(gates) and not bool(torch.cat(gates).any())
 
     def spec(self) -> dict[str, Any]:
         """The part as JSON: its class and options, without weights."""
@@ -204,6 +215,11 @@ class Projector(Part):
     @abstractmethod
     def forward(self, features_BND: Tensor, mask_BN: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Projects features; returns embeddings_BMD and mask_BM (None: all real)."""
+
+
+def one_line(error: Exception) -> str:
+    """The text of a library's error, fit to stand within a sentence."""
+    return " ".join(str(error).split())
 
 
 def _defaults(cls: type[Part]) -> dict[str, Any]:

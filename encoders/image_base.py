@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from encoders.base import DTYPES, DType, Encoder, MediaShape
+from encoders.base import DTYPES, DType, Encoder, MediaShape, one_line
 from encoders.transforms import ImageTransform, Resize
 from encoders.tuning import Tune
 
@@ -186,8 +186,3 @@ def pool_grid(patches_BND: Tensor, image_size: tuple[int, int], pool: int) -> Te
         return patches_BND
     map_BDHW = patches_BND.transpose(1, 2).unflatten(2, (height, width))
     return F.avg_pool2d(map_BDHW, pool).flatten(2).transpose(1, 2)
-
-
-def one_line(error: Exception) -> str:
-    """The text of a library's error, fit to stand within a sentence."""
-    return " ".join(str(error).split())

@@ -4,8 +4,6 @@ Shape suffixes: B pictures, C channels, H W pixels or cells, P prefix tokens (cl
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from encoders.image_base import ImageEncoder, ImageTokens, one_line
+from encoders.hf import load_model, read_config
+from encoders.image_base import ImageEncoder, ImageTokens
 from encoders.transforms import ImageTransform, default_processor_options, processor_transform
 
 if TYPE_CHECKING:
@@ -56,12 +55,7 @@ class HFVisionEncoder(ImageEncoder):
 
     def _config(self) -> "PreTrainedConfig":
         """The vision model's configuration, with the blocks up to `layer` only."""
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(self.name_or_path)
-        except (OSError, ValueError) as error:
-            raise self._unreachable("config.json", error) from error
+        config = read_config(self.name_or_path)
         if "vision_config" in type(config).sub_configs:
             config = config.vision_config
         if self.layer is not None:
@@ -73,12 +67,6 @@ class HFVisionEncoder(ImageEncoder):
             config.num_hidden_layers = self.layer if self.layer > 0 else depth + 1 + self.layer
             config.tie_last_hidden_states = False
         return config
-
-    def _unreachable(self, what: str, error: Exception) -> ValueError:
-        return ValueError(
-            f"name_or_path {self.name_or_path!r} gives no {what}: it is neither a folder that holds one, nor a model that the "
-            f"hub or its cache gave ({one_line(error)}). Give a folder saved by `save_pretrained`, or fill the hub's cache"
-        )
 
     def _create(self) -> nn.Module:
         from transformers import AutoModel
@@ -95,31 +83,11 @@ class HFVisionEncoder(ImageEncoder):
         return model
 
     def _load(self) -> nn.Module:
-        from safetensors import SafetensorError
         from transformers import AutoModel
 
         if not self.pretrained:
             return self._create()
-        unused = self._measured.unused
-        try:
-            with _errors_only():  # it would list every weight of a text tower or a dropped block; what matters is checked below
-                model, report = AutoModel.from_pretrained(
-                    self.name_or_path,
-                    config=self._config(),
-                    dtype=self.dtype,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                )
-        except (OSError, SafetensorError) as error:
-            raise self._unreachable("readable weights", error) from error
-        wrong = sorted(set(report["missing_keys"]) - unused)
-        wrong += [f"{name} {tuple(saved)} instead of {tuple(own)}" for name, saved, own in sorted(report["mismatched_keys"])]
-        if wrong:
-            raise ValueError(
-                f"the weights of {self.name_or_path} do not fit {type(model).__name__}: {len(wrong)} tensors are missing or have "
-                f"another shape ({', '.join(wrong[:5])}): give a checkpoint of that class, whose config.json belongs to it"
-            )
-        return model
+        return load_model(AutoModel, self.name_or_path, self._config(), self.dtype, unused=self._measured.unused)
 
     def _run(self, model: Any, image_BCHW: Tensor) -> ImageTokens:
         config, size = model.config.to_dict(), tuple(image_BCHW.shape[2:])
@@ -136,18 +104,6 @@ class HFVisionEncoder(ImageEncoder):
         num_patches = math.prod(edge // patch for edge, patch in zip(size, _pair(config.get("patch_size", 1)), strict=True))
         num_prefix = max(0, tokens.shape[1] - num_patches)  # a hierarchical model ends with fewer tokens, and no prefix
         return ImageTokens(tokens[:, :num_prefix], tokens[:, num_prefix:], num_prefix > 0)
-
-
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _pair(edges: int | tuple[int, int] | list[int]) -> tuple[int, int]:

@@ -14,7 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from encoders.image_base import ImageEncoder, ImageTokens, one_line
+from encoders.base import one_line
+from encoders.image_base import ImageEncoder, ImageTokens
 from encoders.transforms import ImageTransform, timm_transform
 
 

@@ -4,28 +4,21 @@ All of them can be named from here: `PartTable`, `FirstStepCheck`, `Throughput`,
 `PredictionWriter`, `SamplePage`.
 """
 
-import json
 import logging
-import resource
 import sys
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import RichProgressBar
 
 from datamodules.batch import IGNORE_INDEX, Batch
-from lightning_modules.first_step import FirstStepCheck, PartTable
+from lightning_modules.first_step import FirstStepCheck
+from lightning_modules.part_table import PartTable
 from lightning_modules.predictions import PredictionWriter
-from lightning_modules.run_folder import run_folder, write_text
+from lightning_modules.run_summary import RunSummary
 from lightning_modules.samples import SamplePage
-
-if TYPE_CHECKING:
-    from datamodules.base import MultiModalDataModule
 
 __all__ = ["FirstStepCheck", "PartTable", "PredictionWriter", "ProgressBar", "RunSummary", "SamplePage", "Throughput"]
 
@@ -142,73 +135,3 @@ def _short_value(name: str, value: Any) -> str:
     if name == "train/tokens_per_s":
         return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
     return f"{value:.3f}"
-
-
-class RunSummary(Callback):
-    """Sums a fit up when it ends, also when it is stopped or fails: a line in the log, and `summary.json` in the run folder."""
-
-    def __init__(self) -> None:
-        self._started: float | None = None
-        self._counts: dict[str, int] | None = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
-        self._started, self._counts = time.monotonic(), None
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds the rows of all processes up, while they can still reach each other."""
-        counts = _row_counts(trainer)
-        total = trainer.strategy.reduce(torch.tensor(list(counts.values()), device=pl_module.device), reduce_op="sum")
-        self._counts = dict(zip(counts, total.tolist(), strict=True))
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sums a complete fit up."""
-        self._write(trainer, "finished")
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Sums up what there is, if training had begun."""
-        stopped = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
-        try:
-            self._write(trainer, "interrupted" if stopped else f"failed: {type(exception).__name__}: {exception}")
-        except ValueError as error:  # a full disk must not hide what stopped the run
-            rank_zero_warn(str(error))
-
-    def _write(self, trainer: Trainer, status: str) -> None:
-        if self._started is None or not trainer.is_global_zero:
-            return
-        seconds, self._started = time.monotonic() - self._started, None
-        whole = self._counts is not None or trainer.world_size == 1
-        counts = self._counts or _row_counts(trainer)
-        rank_zero_info(_count_line(counts) + ("" if whole else " (this process alone)"))
-        summary: dict[str, Any] = {
-            "status": status,
-            **counts,
-            "steps": trainer.global_step,
-            "epochs": trainer.current_epoch,
-            "seconds": round(seconds, 1),
-            "peak_memory_bytes": _peak_memory_bytes(),
-        }
-        device = trainer.strategy.root_device
-        if device.type == "cuda":
-            summary["peak_cuda_bytes"] = torch.cuda.max_memory_allocated(device)
-        if isinstance(checkpoint := trainer.checkpoint_callback, ModelCheckpoint):
-            summary["best_checkpoint"] = checkpoint.best_model_path or None
-            summary["last_checkpoint"] = checkpoint.last_model_path or None
-        summary["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        write_text(run_folder(trainer) / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-
-
-def _row_counts(trainer: Trainer) -> dict[str, int]:
-    datamodule: MultiModalDataModule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
-    return datamodule.row_counts()
-
-
-def _count_line(counts: dict[str, int]) -> str:
-    line = f"rows: {counts['rows']:,} = {counts['trained']:,} trained + {counts['skipped']:,} skipped"
-    return line + (f" + {counts['not_reached']:,} not reached in the last epoch" if counts["not_reached"] else "")
-
-
-def _peak_memory_bytes() -> int:
-    """Largest resident size of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,5 +1,6 @@
 """When checkpoints are written, and where; and that each of them stands between two optimizer steps."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
+from datamodules.fingerprint import differences
+from datamodules.processor import Processor
 from lightning_modules.run_folder import cannot_write, run_folder
 from models.checkpoint import read_checkpoint
 
@@ -127,6 +130,27 @@ class StepStart:
         if self.datamodule is not None:
             name = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]  # Lightning's key
             checkpoint[name] = self.datamodule
+
+
+def check_processor(now: Processor, files: Mapping[str, bytes], resumes: bool) -> None:
+    """Compares the processor of a run with that of the checkpoint that it goes on from.
+
+    Args:
+        now: The run's.
+        files: The checkpoint's.
+        resumes: Training goes on; otherwise the checkpoint is only looked at, which another prompt may be meant for.
+
+    Raises:
+        ValueError: Training would go on with other examples than it began with.
+    """
+    if now.files() == files or not (changed := differences(now, Processor.from_files(files))):
+        return
+    if resumes:
+        raise ValueError(
+            f"the checkpoint was trained on other examples than this run would make: {'; '.join(changed)}. Set that back, or "
+            "start another run from its weights with model.init_from"
+        )
+    rank_zero_warn(f"the checkpoint was trained on other examples than it is now shown: {'; '.join(changed)}")
 
 
 def rng_state() -> dict[str, Any]:

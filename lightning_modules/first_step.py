@@ -1,118 +1,40 @@
-"""What is checked before a fit goes on: what trains, and that the first batch teaches it something.
+"""What is checked before a fit goes on: that its first batch teaches the model something.
 
 Shape suffixes: B rows, T tokens, E ends of answers.
 """
 
-import json
 import math
-from collections import Counter
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from datamodules.batch import IGNORE_INDEX, MODALITIES, Batch
 from encoders.base import Part
-from lightning_modules.run_folder import run_folder, write_text
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from lightning_modules.multimodal import MultiModalLitModule
-
-
-class PartTable(Callback):
-    """Shows what trains when a fit starts, and keeps it as `parts.json` in the run folder."""
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Shows the table.
-
-        Raises:
-            ValueError: A part has no weights to train though it should, or nothing trains.
-        """
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        rows = [_describe(name, part, groups) for name, part in cast("MultiModalLitModule", pl_module).parts().items()]
-        if problem := _problem_of_parts(rows):
-            raise ValueError(problem)
-        if trainer.is_global_zero:
-            from rich import get_console
-
-            get_console().print(_table(rows))
-            write_text(run_folder(trainer) / "parts.json", json.dumps(rows, indent=2) + "\n")
-
-
-def _describe(name: str, part: Part, groups: list[dict[str, Any]]) -> dict[str, Any]:
-    parameters = list(part.parameters())
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    own = {id(parameter) for parameter in trainable}
-    # a scheduler starts its warm-up below the learning rate that was asked for, and keeps that one as `initial_lr`
-    rates = [
-        group.get("initial_lr", group["lr"]) for group in groups if any(id(parameter) in own for parameter in group["params"])
-    ]
-    dtypes: Counter[str] = Counter()
-    for parameter in parameters:
-        dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    return {
-        "part": name,
-        "class": type(part).__name__,
-        "mode": part.tune.mode,
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        "trainable": sum(parameter.numel() for parameter in trainable),
-        "lr": max(rates) if rates else part.tune.lr if trainable else None,
-        "dtype": " + ".join(dtype for dtype, _ in dtypes.most_common()),
-    }
-
-
-def _problem_of_parts(rows: list[dict[str, Any]]) -> str:
-    for row in rows:
-        if row["mode"] != "frozen" and not row["trainable"]:
-            return (
-                f"{row['part']} ({row['class']}) has tune.mode {row['mode']}, but none of its {row['parameters']:,} parameters "
-                "trains: let its build() end with apply_tune, or set tune.mode to frozen"
-            )
-        if row["mode"] == "frozen" and row["trainable"]:
-            return (
-                f"{row['part']} ({row['class']}) has tune.mode frozen, but {row['trainable']:,} of its parameters would train: "
-                "let its build() end with apply_tune, or set tune.mode to full"
-            )
-    if not any(row["trainable"] for row in rows):
-        names = ", ".join(row["part"] for row in rows)
-        return f"nothing trains: every part is frozen ({names}). Set the tune.mode of at least one part to lora or full"
-    return ""
-
-
-def _table(rows: list[dict[str, Any]]) -> "Table":
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), show_footer=True)
-    total = {key: f"{sum(row[key] for row in rows):,}" for key in ("parameters", "trainable")}
-    for key in ("part", "class", "mode", "parameters", "trainable", "lr", "dtype"):
-        right = key in ("parameters", "trainable", "lr")
-        table.add_column(key, footer=total.get(key, "total" if key == "part" else ""), justify="right" if right else "left")
-    for row in rows:
-        rate = "-" if row["lr"] is None else f"{row['lr']:.2g}"
-        counts = [f"{row['parameters']:,}", f"{row['trainable']:,}"]
-        style = None if row["trainable"] else "dim"
-        table.add_row(row["part"], row["class"], row["mode"], *counts, rate, row["dtype"], style=style)
-    return table
 
 
 class FirstStepCheck(Callback):
     """Checks the labels and the gradients of the first batch of a fit, also of a resumed one; it costs about nothing.
 
-    Tokens must be supervised, answers must end in the end token, every trainable part that the batch used must get a
-    gradient, and nothing frozen may get one.
+    Tokens must be supervised, answers must end in the end token, every trainable parameter of a part that the batch used
+    must get a gradient, one that is not 0 wherever something can be learnt, and nothing frozen may get one. What lies before
+    gates that start at 0 gets exactly 0 at first: it is looked at again as soon as they have opened.
     """
 
     def __init__(self) -> None:
         self._batch: Batch | None = None
         self._done = False
+        self._waits_for_gates = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks again in every fit."""
-        self._done = False
+        self._done = self._waits_for_gates = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Checks the labels, before the model sees them.
@@ -123,30 +45,48 @@ class FirstStepCheck(Callback):
         if self._done:
             return
         self._batch = batch
+        if self._waits_for_gates:
+            return
         problem = ""
         if batch["examples"]:  # a batch all of whose rows were skipped has nothing to check
             problem = problem_of_labels(batch, set(cast("MultiModalLitModule", pl_module).processor.eos_ids))
         _raise_together(trainer, problem)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks the gradients of the first backward pass.
+        """Checks the gradients of the first backward pass, and where there are gates those of the first that they let through.
 
         Raises:
-            ValueError: A trainable part without a gradient, or a frozen one with one.
+            ValueError: Something trainable without a gradient, or something frozen with one.
         """
         if self._done or self._batch is None:
             return
-        batch, self._batch, self._done = self._batch, None, True
+        batch, self._batch = self._batch, None
         parts = cast("MultiModalLitModule", pl_module).parts()
         # the scaled gradients of float16 overflow in the first steps; its scaler then lowers the scale
         may_overflow = trainer.precision == "16-mixed"
         _raise_together(trainer, problem_of_gradients(parts, batch, may_overflow) if batch["examples"] else "")
-        supervised = int((batch["labels_BT"] != IGNORE_INDEX).sum())
-        training = ", ".join(name for name, part in parts.items() if part.tune.mode != "frozen" and name not in _idle(batch))
-        rank_zero_info(
-            f"first step: {supervised:,} supervised tokens in {len(batch['examples'])} rows, answers end in their end token, "
-            f"gradients reach {training} and nothing that is frozen"
-        )
+        is_first, shut = not self._waits_for_gates, [name for name, part in parts.items() if part.is_shut]
+        has_looked = bool(batch["examples"]) and (is_first or _has_media(batch))
+        if not trainer.strategy.reduce_boolean_decision(has_looked, all=False):
+            return
+        self._waits_for_gates, self._done = bool(shut), not shut
+        if has_looked and (is_first or self._done):
+            rank_zero_info(_report(parts, batch, shut) if is_first else f"step {trainer.global_step:,}: {_reached(parts, batch)}")
+
+
+def _report(parts: Mapping[str, Part], batch: Batch, shut: Sequence[str]) -> str:
+    supervised = int((batch["labels_BT"] != IGNORE_INDEX).sum())
+    later = f"; what lies before the gates of {', '.join(shut)} is looked at when they have opened" if shut else ""
+    return (
+        f"first step: {supervised:,} supervised tokens in {len(batch['examples'])} rows, answers end in their end token, "
+        f"{_reached(parts, batch)}{later}"
+    )
+
+
+def _reached(parts: Mapping[str, Part], batch: Batch) -> str:
+    training = [name for name, part in parts.items() if part.tune.mode != "frozen" and _is_used(name, batch)]
+    reached = [name for name in training if not _may_get_zeros(name, parts)]
+    return f"gradients reach all that trains of {', '.join(reached)} and nothing that is frozen"
 
 
 def problem_of_labels(batch: Batch, eos_ids: set[int]) -> str:
@@ -183,7 +123,7 @@ def problem_of_labels(batch: Batch, eos_ids: set[int]) -> str:
     return ""
 
 
-def problem_of_gradients(parts: dict[str, Part], batch: Batch, may_overflow: bool = False) -> str:
+def problem_of_gradients(parts: Mapping[str, Part], batch: Batch, may_overflow: bool = False) -> str:
     """What is wrong with the gradients after a backward pass, in words; empty where all is well.
 
     Args:
@@ -191,37 +131,109 @@ def problem_of_gradients(parts: dict[str, Part], batch: Batch, may_overflow: boo
         batch: The batch of the backward pass. A part whose modality it lacks needs no gradient.
         may_overflow: Non-finite gradients are no fault.
     """
+    training: dict[str, dict[str, nn.Parameter]] = {}
     for name, part in parts.items():
-        for path, parameter in part.named_parameters():
-            if parameter.grad is not None and (part.tune.mode == "frozen" or not parameter.requires_grad):
+        if part.is_shut and not any(gate.requires_grad for gate in part.gates.values()):
+            return (
+                f"the gates of {name} (tune.mode {part.tune.mode}) are 0 and do not train, so nothing that lies before it would "
+                "ever count: set its tune.mode to full, or start from a run that has trained it, with model.init_from"
+            )
+        for path, parameter in part.own_named_parameters():
+            if parameter.requires_grad and part.tune.mode != "frozen":
+                training.setdefault(name, {})[path] = parameter
+            elif parameter.grad is not None:
                 return f"{name}.{path} is frozen, but got a gradient: something has freed it after the part was built"
-        if part.tune.mode == "frozen" or name in _idle(batch):
+    gradients = {
+        (name, path): parameter.grad
+        for name, parameters in training.items()
+        for path, parameter in parameters.items()
+        if parameter.grad is not None
+    }
+    sizes = dict(zip(gradients, _sizes(list(gradients.values())), strict=True))
+    for name, parameters in training.items():
+        if not _is_used(name, batch):
             continue
-        sizes = {path: _size(parameter.grad) for path, parameter in part.named_parameters() if parameter.grad is not None}
-        broken = [path for path, size in sizes.items() if not math.isfinite(size)]
-        if broken and not may_overflow:
+        own = {path: sizes[name, path] for path in parameters if (name, path) in sizes}
+        if problem := _not_finite(own) if not may_overflow else "":
+            return f"{name} (tune.mode {parts[name].tune.mode}): {problem}"
+        if parts[name].is_shut and not any(own.get(path) for path in parts[name].gates):
             return (
-                f"the gradient of {name}.{broken[0]} is not finite ({len(broken)} of the {len(sizes)} gradients of {name}): look "
-                "for non-finite weights or media, or train in bf16-mixed or 32-true instead of a narrower precision"
+                f"the gates of {name} are 0 and got only gradients that are exactly 0 from the first batch, so they would never "
+                "open: what lies before it may give the same for whatever it is given"
             )
-        if not any(sizes.values()):
-            got = "only gradients that are exactly 0" if sizes else "no gradient at all"
-            return (
-                f"{name} (tune.mode {part.tune.mode}) got {got} from the first batch, so it would not train. Its output may be "
-                "detached, computed under no_grad, or not used in the loss; a last layer that starts at 0 also stops the "
-                "gradient of what lies before it. To leave it as it is, set its tune.mode to frozen"
-            )
+        if problem := _teaches_nothing(parameters, own, _may_get_zeros(name, parts)):
+            return f"{name} (tune.mode {parts[name].tune.mode}): {problem}"
     return ""
 
 
-def _idle(batch: Batch) -> set[str]:
-    """Names of the parts that a batch without their modality does not use."""
-    return {f"{modality}_{kind}" for modality in MODALITIES if modality not in batch for kind in ("encoder", "projector")}
+def _not_finite(sizes: Mapping[str, float]) -> str:
+    broken = [path for path, size in sizes.items() if not math.isfinite(size)]
+    if not broken:
+        return ""
+    return (
+        f"{len(broken)} of its {len(sizes)} gradients are not finite ({_some(broken)}): look for non-finite weights or media, or "
+        "train in bf16-mixed or 32-true instead of a narrower precision"
+    )
 
 
-def _size(gradient: Tensor) -> float:
-    """Largest absolute value; NaN and infinities come through."""
-    return float(torch.linalg.vector_norm(gradient, ord=math.inf)) if gradient.numel() else 0.0
+def _teaches_nothing(parameters: Collection[str], sizes: Mapping[str, float], zeros_are_fine: bool) -> str:
+    """What of a part would not train.
+
+    Args:
+        parameters: Its trainable parameters.
+        sizes: The largest absolute value of each gradient that there is.
+        zeros_are_fine: Gradients that are exactly 0 say nothing.
+    """
+    if missing := [path for path in parameters if path not in sizes]:
+        return (
+            f"{len(missing)} of its {len(parameters)} trainable parameters got no gradient from the first batch "
+            f"({_some(missing)}), so they would not train. They may be used under no_grad or behind a detach, or not at all; "
+            "layers must not be left out at random, since several processes wait for each gradient. To leave them as they are, "
+            "freeze them in build(), or set tune.mode to frozen"
+        )
+    learns: dict[str, bool] = {}  # an adapter learns as one: its A gets exactly 0 while its B is 0
+    for path, size in sizes.items():
+        adapter = path.partition(".lora_")[0] if ".lora_" in path else ""
+        learns[adapter] = learns.get(adapter, False) or size != 0
+    silent = [adapter for adapter, learnt in learns.items() if not learnt]
+    if not silent or zeros_are_fine:
+        return ""
+    what = "it" if silent == [""] else f"{len(silent)} of its {len(learns)} adapters ({_some(silent)})"
+    return (
+        f"{what} got only gradients that are exactly 0 from the first batch, so nothing would be learnt there. A factor or a "
+        "last layer that starts at 0 stops the gradient of what lies before it, and so does an activation that is 0 everywhere. "
+        "To leave the part as it is, set its tune.mode to frozen"
+    )
+
+
+def _may_get_zeros(name: str, parts: Mapping[str, Part]) -> bool:
+    """Whether a part lies before gates that let nothing through yet; only the language model does not."""
+    return name != "language_model" and not parts[name].is_shut and any(part.is_shut for part in parts.values())
+
+
+def _is_used(name: str, batch: Batch) -> bool:
+    """Whether a batch has the modality of a part, if that is one's encoder or projector, and any at all for the fusion."""
+    slot = name.partition(".")[0]
+    if slot == "fusion":
+        return _has_media(batch)
+    return not any(slot in (f"{modality}_encoder", f"{modality}_projector") for modality in MODALITIES if modality not in batch)
+
+
+def _has_media(batch: Batch) -> bool:
+    return any(modality in batch for modality in MODALITIES)
+
+
+def _sizes(gradients: Sequence[Tensor]) -> list[float]:
+    """The largest absolute value of each; NaN and infinities come through. The device is waited for once."""
+    if not gradients:
+        return []
+    device = gradients[0].device
+    norms = [torch.linalg.vector_norm(x, ord=math.inf) if x.numel() else x.new_zeros(()) for x in gradients]
+    return torch.stack([norm.to(device, torch.float32) for norm in norms]).tolist()
+
+
+def _some(names: Sequence[str], at_most: int = 3) -> str:
+    return ", ".join(names[:at_most]) + (", …" if len(names) > at_most else "")
 
 
 def _row(batch: Batch, row: int, segment: int) -> str:

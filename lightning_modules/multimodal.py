@@ -6,37 +6,35 @@ Shape suffixes: B rows, T positions, D hidden size, S supervised positions, K ch
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from datamodules.batch import MODALITIES, Batch
+from datamodules.batch import Batch
+from datamodules.cache import CacheOptions
 from datamodules.processor import Processor, PromptOptions
 from encoders.base import Encoder, Part, Projector
-from lightning_modules.checkpoints import StepStart, rng_state, set_rng_state
-from lightning_modules.epoch_means import EpochMeans
+from lightning_modules.answer_metrics import answer_values, media_gains
+from lightning_modules.checkpoints import StepStart, check_processor, rng_state, set_rng_state
+from lightning_modules.feature_cache import report, share_features
+from lightning_modules.idle_parts import touch_idle_parts
 from lightning_modules.losses import AnswerScores, cross_entropy, score_answers, supervised, supervised_rows
+from lightning_modules.measuring import MeasuringLitModule, Stage
 from lightning_modules.optim import WarmupCosine, parameter_groups
 from lightning_modules.step_loss import StepLoss
 from models.checkpoint import check_options, fingerprints, load_saved, saved_names, start_from
+from models.fusion import Fusion
 from models.language import Generation, LanguageModel
 from models.multimodal import EncodedMedia, MultiModalModel, rows_with_other_media, shuffle_media
 
-Stage = Literal["train", "val", "test"]
 
-METRICS = ("loss", "exact_match", "accuracy", "media_gain")
-"""What an evaluation measures: the loss of a supervised token (nats); the share of rows whose answer greedy decoding gives,
-and of rows with choices where it does among these; the growth of the loss of rows that are shown another row's media.
-"""
-
-
-class MultiModalLitModule(L.LightningModule):
+class MultiModalLitModule(MeasuringLitModule):
     """Trains encoders, projectors and a language model to give the answers of the rows.
 
-    What trains, and how fast, is said by each part's own `tune`.
+    What trains, and how fast, is said by each part's own `tune`. Validation and test log the metrics of `answer_metrics`, over
+    all rows and by source; a subclass adds its own with `measure`.
 
     Args:
         language_model: The language model and its adapters.
@@ -46,12 +44,15 @@ class MultiModalLitModule(L.LightningModule):
         video_projector: From its features to the language model's embeddings.
         audio_encoder: Encoder of sound; None: the model takes none.
         audio_projector: From its features to the language model's embeddings.
+        fusion: How media enter the language model; None: `ConcatFusion`, each embedding in the place of a token.
         prompt: Chat template, system message, and length limit.
         optimizer: Any optimizer; its lr holds for the parts that do not set their own.
         lr_scheduler: Any scheduler; None: linear warm-up, then cosine to 0.
         lr_scheduler_interval: When `lr_scheduler` is stepped.
         warmup_ratio: Share of the steps that warm up, where `lr_scheduler` is None.
         generation: How answers are decoded in prediction and for the sample page.
+        feature_cache: Keeps the features of frozen encoders on disk, so that each medium is encoded once, in this run or another
+            with the same encoder; None: does not. Media that are augmented at random are encoded each time.
         init_from: A checkpoint whose trained weights to start from (a warm start: no optimizer, no place in the data).
             To go on with an interrupted run, use --ckpt_path instead.
     """
@@ -65,31 +66,42 @@ class MultiModalLitModule(L.LightningModule):
         video_projector: Projector | None = None,
         audio_encoder: Encoder | None = None,
         audio_projector: Projector | None = None,
+        fusion: Fusion | None = None,
         prompt: PromptOptions = PromptOptions(),
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: Literal["step", "epoch"] = "step",
         warmup_ratio: float = 0.03,
         generation: Generation = Generation(),
+        feature_cache: CacheOptions | None = None,
         init_from: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= warmup_ratio < 1:
             raise ValueError(f"model.warmup_ratio is a share of the steps, in [0, 1), got {warmup_ratio}")
         self.model = MultiModalModel(
-            language_model, image_encoder, image_projector, video_encoder, video_projector, audio_encoder, audio_projector
+            language_model,
+            image_encoder,
+            image_projector,
+            video_encoder,
+            video_projector,
+            audio_encoder,
+            audio_projector,
+            fusion,
         )
         self.processor = Processor(
             language_model.name_or_path,
             prompt,
             encoders={modality: encoder for modality, (encoder, _) in self.model.towers().items()},
             projectors={modality: projector for modality, (_, projector) in self.model.towers().items()},
+            fusion=self.model.fusion,
         )
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval
         self.warmup_ratio = warmup_ratio
         self.generation = generation
+        self.feature_cache = feature_cache
         self.init_from = init_from
         self.strict_loading = False  # load_state_dict below is stricter: exactly what a checkpoint must hold
         self._warm_started: set[str] = set()
@@ -98,7 +110,14 @@ class MultiModalLitModule(L.LightningModule):
         self._fingerprinted: set[str] | None = None
         self._step_start: StepStart | None = None
         self._step_loss = StepLoss()
-        self._means = EpochMeans(METRICS)
+
+    def setup(self, stage: str) -> None:
+        """Tells the data side where features are kept."""
+        share_features(self.model, self.processor, self.feature_cache, self.trainer)
+
+    def teardown(self, stage: str) -> None:
+        """Says what the feature cache was good for."""
+        report(self.model)
 
     def configure_model(self) -> None:
         """Makes the weights, once, on the device and in the shards that the strategy wants."""
@@ -146,7 +165,7 @@ class MultiModalLitModule(L.LightningModule):
             self._step_loss.add(*result, batch["examples"])
         total = None if result is None else result[0]
         if self.trainer.world_size > 1:
-            total = self._touch_idle_parts(total, batch)
+            total = touch_idle_parts(total, self.model, batch)
         # Lightning divides by the number of batches of a step; `on_before_optimizer_step` divides by that of tokens
         return None if total is None else total * self.trainer.accumulate_grad_batches
 
@@ -222,6 +241,7 @@ class MultiModalLitModule(L.LightningModule):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[f"model.{name}"] for name in sorted(names)}
         checkpoint["model"] = self.model.spec()
+        checkpoint["processor"] = self.processor.files()
         if self._fingerprinted != names:  # frozen weights do not change: once a run will do
             self._fingerprints, self._fingerprinted = fingerprints(self.model, names), names
         checkpoint["fingerprints"] = self._fingerprints
@@ -234,9 +254,12 @@ class MultiModalLitModule(L.LightningModule):
         """Takes up what `on_save_checkpoint` added.
 
         Raises:
-            ValueError: A part has another option than in the run that wrote the checkpoint.
+            ValueError: A part has another option than in the run that wrote the checkpoint, or training would go on with
+                other examples.
         """
         check_options(self.model.spec()["parts"], checkpoint["model"]["parts"])
+        resumes = self._trainer is not None and self._trainer.training
+        check_processor(self.processor, checkpoint["processor"], resumes)
         self._rng = checkpoint["rng"]
         self._fingerprints = checkpoint["fingerprints"]
         self._warm_started = set(checkpoint["warm_started"])
@@ -262,45 +285,15 @@ class MultiModalLitModule(L.LightningModule):
         if self._step_start is None or not self._step_start.is_open(self.trainer):
             self._step_start = StepStart.now(self.trainer)
 
-    def on_validation_epoch_start(self) -> None:
-        """Begins to count."""
-        self._means.reset()
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs `val/` and each of `METRICS`."""
-        self._log_means("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Begins to count."""
-        self._means.reset()
-
-    def on_test_epoch_end(self) -> None:
-        """Logs `test/` and each of `METRICS`."""
-        self._log_means("test")
-
     def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         encoded = self.model.encode(batch)
         scores = self.score(batch, encoded)
-        nll, count = scores.nll_B.sum(), scores.count_B.sum()
-        self._means.add("loss", nll, count)
-        self._means.add("exact_match", scores.exact_B.sum(), len(scores.exact_B))
-        self._means.add("accuracy", scores.choice_B.sum(), scores.closed_B.sum())  # choice_B is False where nothing is closed
+        values = answer_values(scores)
         if (shuffled := shuffle_media(batch)) is not None:
-            moved_B = rows_with_other_media(batch, shuffled)
-            gain_B = self.score(shuffled, encoded).nll_B - scores.nll_B
-            self._means.add("media_gain", gain_B[moved_B].sum(), scores.count_B[moved_B].sum())
-        return nll, count
-
-    def _log_means(self, stage: Stage) -> None:
-        for metric, mean in self._means.compute(self.trainer).items():
-            self.log(f"{stage}/{metric}", mean, prog_bar=(stage, metric) == ("val", "loss"), sync_dist=True)
-
-    def _touch_idle_parts(self, loss: Tensor | None, batch: Batch) -> Tensor:
-        """Adds 0, with a gradient of 0 for the parts that the batch has no use for: each process must have all gradients."""
-        idle = {f"{modality}_{kind}" for modality in MODALITIES if modality not in batch for kind in ("encoder", "projector")}
-        parts = [part for name, part in self.model.slots().items() if loss is None or name in idle]
-        zeros = [p.flatten()[:0].sum() for part in parts for p in part.parameters() if p.requires_grad]
-        return sum(zeros, torch.zeros((), device=self.device) if loss is None else loss)
+            moved = {modality: rows_with_other_media(batch, shuffled, modality) for modality in self.model.towers()}
+            values |= media_gains(scores, self.score(shuffled, encoded), moved)
+        self.measure(batch, values)
+        return scores.nll_B.sum(), scores.count_B.sum()
 
     def _saved_names(self) -> set[str]:
         return saved_names(self.model) | self._warm_started

@@ -8,11 +8,14 @@ from typing import Any, TextIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_modules.answers import is_right
 from lightning_modules.run_folder import run_folder
 
 
 class PredictionWriter(Callback):
-    """Writes one JSON line a row to `predictions.jsonl`: what `predict_step` returns, batch by batch.
+    """Writes one JSON line a row to `predictions.jsonl`: what `predict_step` returns, and whether it is `right`.
+
+    A row without a reference answer is neither right nor wrong: null.
 
     Until all rows are there, each process writes to `.predictions.<rank>.part`, which an interrupted prediction leaves behind.
     An earlier `predictions.jsonl` stays: the next ones are called `predictions-2.jsonl`, `predictions-3.jsonl`, …
@@ -43,7 +46,7 @@ class PredictionWriter(Callback):
     ) -> None:
         """Adds the rows of a batch; they are on the disk when the next batch starts."""
         assert self._file is not None
-        self._file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in outputs)
+        self._file.writelines(json.dumps(_judged(row), ensure_ascii=False) + "\n" for row in outputs)
         self._file.flush()
         self._num_rows += len(outputs)
 
@@ -74,6 +77,10 @@ class PredictionWriter(Callback):
             self._file = None
 
 
+def _judged(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "right": is_right(row["response"], row["reference"]) if row["reference"] else None}
+
+
 def _part(folder: Path, rank: int) -> Path:
     return folder / f".predictions.{rank}.part"
 
@@ -87,17 +94,17 @@ def _free_name(path: Path) -> Path:
 
 
 def _merge(parts: Sequence[Path]) -> int:
-    """Merges the files of all ranks into the first, in the order of files and lines; returns the number of rows.
+    """Merges the files of all ranks into the first, in the order of sources, files and lines; returns the number of rows.
 
     Ranks must do equally many batches, so the last rows may have been given to two of them: each row is kept once.
     """
-    rows: dict[tuple[str, int], str] = {}
+    rows: dict[tuple[str, str, int], str] = {}
     for part in parts:
         for line in part.read_text(encoding="utf-8").split("\n")[:-1]:  # not splitlines: it also breaks at U+2028
             row = json.loads(line)
-            rows.setdefault((row["file"], row["line"]), line)
-    files = list(dict.fromkeys(file for file, _ in rows))
-    ordered = sorted(rows, key=lambda key: (files.index(key[0]), key[1]))
+            rows.setdefault((row.get("source", ""), row["file"], row["line"]), line)
+    files = list(dict.fromkeys(key[:2] for key in rows))
+    ordered = sorted(rows, key=lambda key: (files.index(key[:2]), key[2]))
     merged = parts[0].with_suffix(".merged")
     merged.write_text("".join(f"{rows[key]}\n" for key in ordered), encoding="utf-8")
     merged.replace(parts[0])

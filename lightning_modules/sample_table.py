@@ -9,6 +9,8 @@ from html import escape
 from string import Template
 from typing import Literal, Self
 
+from lightning_modules.answers import is_right
+
 Verdict = Literal["right", "wrong", "open"]
 
 LONGEST_EXACT_ANSWER = 4
@@ -41,8 +43,8 @@ class Row:
         return self.closed or len(self.reference.split()) <= LONGEST_EXACT_ANSWER
 
     def judge(self, answer: str) -> Verdict:
-        """Whether an answer says the same as the reference; case, spaces and a full stop at the end make no difference."""
-        if _normal(answer) == _normal(self.reference):
+        """What to call an answer: right, wrong, or open where a long reference can be met in other words."""
+        if is_right(answer, self.reference):
             return "right"
         return "wrong" if self.is_exact else "open"
 
@@ -112,14 +114,10 @@ class SampleTable:
         return _PAGE.substitute(title=escape(title), head=head, body=body)
 
 
-def _normal(text: str) -> str:
-    return " ".join(text.casefold().split()).removesuffix(".").rstrip()
-
-
 def _head(rows: list[Row], column: Column) -> str:
-    verdicts = [row.judge(answer) for row, answer in zip(rows, column.answers, strict=True) if row.is_exact]
+    verdicts = [row.judge(answer) for row, answer in zip(rows, column.answers, strict=True)]
     facts = [f"val/loss {column.val_loss:.3f}"] if column.val_loss is not None else []
-    facts += [f"{verdicts.count('right')} of {len(verdicts)} right"] if verdicts else []
+    facts.append(f"{verdicts.count('right')} of {len(verdicts)} right")
     return f"<th>{escape(column.name)}<small>{'<br>'.join(facts)}</small></th>"
 
 
@@ -183,8 +181,9 @@ em { color: var(--quiet); }
 </head>
 <body>
 <h1>$title</h1>
-<p>The same validation rows at every validation, newest first. Green answers equal the reference, red ones differ; a longer
-reference that was not met word for word is left unmarked. The small figure is the loss of the reference answer.</p>
+<p>The same validation rows at every validation, newest first. Green answers are the reference word for word, which is
+what exact_match counts; red ones differ; where a longer reference was not met word for word, the answer is left unmarked. The
+small figure is the loss of the reference answer.</p>
 <div class="table"><table>
 <thead><tr><th>picture</th><th>question</th><th>reference</th>$head</tr></thead>
 <tbody>

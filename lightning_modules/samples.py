@@ -12,11 +12,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
 
 from datamodules.batch import Batch, Example, RowError
+from lightning_modules.answers import is_right
 from lightning_modules.run_folder import run_folder, write_text
 from lightning_modules.sample_table import Column, Row, SampleTable
 
 if TYPE_CHECKING:
-    from datamodules.base import MultiModalDataModule
+    from datamodules.loading import RowDataModule
     from lightning_modules.multimodal import MultiModalLitModule
 
 THUMBNAIL_PIXELS = 176
@@ -56,7 +57,7 @@ class SamplePage(Callback):
         if trainer.sanity_checking:
             return
         module = cast("MultiModalLitModule", pl_module)
-        datamodule: MultiModalDataModule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
+        datamodule: RowDataModule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
         if self._chosen is None:
             self._chosen = _choose(module, datamodule, self.num_samples)
         if not self._chosen:
@@ -73,11 +74,11 @@ class SamplePage(Callback):
             _write_page(run_folder(trainer), self._chosen, column)
 
 
-def _choose(module: "MultiModalLitModule", datamodule: "MultiModalDataModule", num_samples: int) -> list[_Chosen]:
-    """The first usable validation rows. The validation loader names those that are not."""
+def _choose(module: "MultiModalLitModule", datamodule: "RowDataModule", num_samples: int) -> list[_Chosen]:
+    """The first usable validation rows, of each source in turn. The validation loader names those that are not."""
     dataset = datamodule.val_dataset
     chosen: list[_Chosen] = []
-    for row in range(len(dataset)):
+    for row in dataset.in_turn():
         if len(chosen) == num_samples:
             break
         try:
@@ -91,9 +92,7 @@ def _choose(module: "MultiModalLitModule", datamodule: "MultiModalDataModule", n
     return chosen
 
 
-def _ask(
-    trainer: Trainer, module: "MultiModalLitModule", datamodule: "MultiModalDataModule", chosen: Sequence[_Chosen]
-) -> Column:
+def _ask(trainer: Trainer, module: "MultiModalLitModule", datamodule: "RowDataModule", chosen: Sequence[_Chosen]) -> Column:
     def batch(examples: list[Example], generate: bool) -> Batch:
         return trainer.strategy.batch_to_device(datamodule.collate(examples, generate=generate), module.device)
 
@@ -117,8 +116,9 @@ def _log_table(logger: WandbLogger, chosen: Sequence[_Chosen], column: Column, s
     for row, answer, loss in zip(chosen, column.answers, column.losses, strict=True):
         picture = _wandb_image(_side_by_side(row.pictures)) if row.pictures else None
         prompt = row.prompt
-        data.append([column.name, prompt.id, picture, prompt.prompt, prompt.reference, answer, loss])
-    columns = ["when", "id", "picture", "question", "reference", "answer", "loss"]
+        right = is_right(answer, prompt.reference)
+        data.append([column.name, prompt.id, picture, prompt.prompt, prompt.reference, answer, right, loss])
+    columns = ["when", "id", "picture", "question", "reference", "answer", "right", "loss"]
     logger.log_table("val/samples", columns=columns, data=data, step=step)
 
 

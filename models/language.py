@@ -145,6 +145,27 @@ class LanguageModel(Part):
         return model
 
     @property
+    def decoder_layers(self) -> nn.ModuleList:
+        """The layers of the decoder, in order.
+
+        Raises:
+            ValueError: The model has no list of as many modules as its config has layers, or more than one.
+        """
+        num_layers = self.config.get_text_config().num_hidden_layers
+        found: list[nn.ModuleList] = []
+        inside: set[nn.Module] = set()  # lists within the layers, such as experts, may happen to be as long
+        for module in self.model.base_model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == num_layers and module not in inside:
+                found.append(module)
+                inside.update(module.modules())
+        if len(found) != 1:
+            raise ValueError(
+                f"{self.name_or_path} ({type(self.model).__name__}) has {len(found)} lists of {num_layers} modules, expected "
+                "one, the layers of its decoder: subclass LanguageModel and override `decoder_layers`"
+            )
+        return found[0]
+
+    @property
     def head(self) -> nn.Module:
         """The layer that makes logits_BTV of hidden_BTD, adapters included."""
         return self.model.get_output_embeddings()

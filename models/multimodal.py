@@ -4,6 +4,7 @@ Shape suffixes: B rows, T positions, D hidden size, N unique media items, M embe
 """
 
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from datamodules.batch import MODALITIES, Batch, MediaBatch, Modality
 from encoders.base import Encoder, Part, Projector
 from models.checkpoint import load_saved, read_checkpoint
-from models.fusion import concatenate
+from models.features import FrozenFeatures
+from models.fusion import ConcatFusion, Fusion, PlacedMedia
 from models.language import Generation, LanguageModel
 
 EncodedMedia = dict[Modality, tuple[Tensor, Tensor | None]]
@@ -33,6 +35,7 @@ class MultiModalModel(nn.Module):
         video_projector: From its features to the language model's embeddings.
         audio_encoder: Encoder of sound.
         audio_projector: From its features to the language model's embeddings.
+        fusion: How media enter the language model; None: `ConcatFusion`.
     """
 
     def __init__(
@@ -44,13 +47,16 @@ class MultiModalModel(nn.Module):
         video_projector: Projector | None = None,
         audio_encoder: Encoder | None = None,
         audio_projector: Projector | None = None,
+        fusion: Fusion | None = None,
     ) -> None:
         super().__init__()
         self.language_model = language_model
         self.image_encoder, self.image_projector = image_encoder, image_projector
         self.video_encoder, self.video_projector = video_encoder, video_projector
         self.audio_encoder, self.audio_projector = audio_encoder, audio_projector
+        self.fusion = ConcatFusion() if fusion is None else fusion
         self.towers()  # an encoder without its projector is refused here
+        self.frozen_features = FrozenFeatures()
         self.media_token_ids: dict[Modality, int] = {}
         self.is_built = False
 
@@ -91,7 +97,7 @@ class MultiModalModel(nn.Module):
         slots: dict[str, Part] = {"language_model": self.language_model}
         for modality, (encoder, projector) in self.towers().items():
             slots |= {f"{modality}_encoder": encoder, f"{modality}_projector": projector}
-        return slots
+        return slots | {"fusion": self.fusion}
 
     def parts(self) -> dict[str, Part]:
         """All parts by their path: the slots, and behind each the parts that it is made of, such as `video_encoder.frames`."""
@@ -117,6 +123,7 @@ class MultiModalModel(nn.Module):
         for encoder, projector in self.towers().values():
             encoder.build()
             projector.build(encoder.hidden_size, self.language_model.hidden_size)
+        self.fusion.build(self.language_model)
         self.is_built = True
 
     def spec(self) -> dict[str, Any]:
@@ -126,7 +133,7 @@ class MultiModalModel(nn.Module):
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Self:
         """Makes the unbuilt model that `spec` describes."""
-        kinds: dict[str, type[Part]] = {"model": LanguageModel, "encoder": Encoder, "projector": Projector}
+        kinds: dict[str, type[Part]] = {"model": LanguageModel, "encoder": Encoder, "projector": Projector, "fusion": Fusion}
         parts: dict[str, Any] = {name: kinds[name.rpartition("_")[2]].from_spec(part) for name, part in spec["parts"].items()}
         return cls(**parts)
 
@@ -143,12 +150,20 @@ class MultiModalModel(nn.Module):
         Raises:
             ValueError: There is no such file, it is no checkpoint of ours, or the frozen weights are not those of the training.
         """
-        checkpoint = read_checkpoint(path)
+        return cls.from_saved(read_checkpoint(path), trust_remote_code)
+
+    @classmethod
+    def from_saved(cls, checkpoint: Mapping[str, Any], trust_remote_code: bool = False) -> Self:
+        """Like `from_checkpoint`, of a checkpoint that `read_checkpoint` has read.
+
+        Raises:
+            ValueError: The frozen weights are not those of the training, or need code that is not allowed to run.
+        """
         model = cls.from_spec(checkpoint["model"])
         if model.language_model.trust_remote_code and not trust_remote_code:
             raise ValueError(
-                f"{path} wants to run code that comes with {model.language_model.name_or_path}: read that code, then give "
-                "trust_remote_code=True"
+                f"the checkpoint wants to run code that comes with {model.language_model.name_or_path}: read that code, then "
+                "give trust_remote_code=True"
             )
         model.build(checkpoint["model"]["media_token_ids"])
         load_saved(model, checkpoint["state_dict"], checkpoint["fingerprints"])
@@ -162,39 +177,42 @@ class MultiModalModel(nn.Module):
                 continue
             media = batch[modality]
             encoder, projector = self.tower(modality)
-            needs_grad = media["media"].requires_grad or any(p.requires_grad for p in encoder.parameters())
-            with torch.set_grad_enabled(needs_grad and torch.is_grad_enabled()):
+            if encoder.has_frozen_features and not media["media"].requires_grad:
+                features_NLD, mask_NL = encoder.refine(*self.frozen_features(encoder, media))
+            else:
                 features_NLD, mask_NL = encoder(media["media"], media["mask"])
             encoded[modality] = projector(features_NLD, mask_NL)
         return encoded
 
-    def embed(self, batch: Batch, encoded: EncodedMedia) -> Tensor:
-        """Embeds the tokens and writes the media into their placeholders: embeddings_BTD.
+    def fused(self, batch: Batch, encoded: EncodedMedia) -> AbstractContextManager[Tensor]:
+        """A context in which the language model sees the media; it comes as embeddings_BTD, which the language model takes.
 
         Raises:
             ValueError: A row has another number of placeholders than its media take.
         """
         tokens_BT = batch["tokens_BT"]
         is_media_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
-        for token_id in self.media_token_ids.values():
-            is_media_BT |= tokens_BT == token_id
-        embeddings_BTD = self.language_model.embed(tokens_BT.masked_fill(is_media_BT, 0))
+        placed: list[PlacedMedia] = []
         for modality, token_id in self.media_token_ids.items():
             placeholder_BT = tokens_BT == token_id
+            is_media_BT |= placeholder_BT
             if modality not in encoded:
                 _check_no_placeholders(placeholder_BT, modality)
                 continue
             media = batch[modality]
             media_NMD, mask_NM = encoded[modality]
-            embeddings_BTD = concatenate(
-                embeddings_BTD,
-                placeholder_BT,
-                media_NMD[media["item_O"]],
-                None if mask_NM is None else mask_NM[media["item_O"]],
-                media["row_O"],
-                media["num_tokens_O"],
+            placed.append(
+                PlacedMedia(
+                    embeddings_OMD=media_NMD[media["item_O"]],
+                    mask_OM=None if mask_NM is None else mask_NM[media["item_O"]],
+                    row_O=media["row_O"],
+                    position_O=media["position_O"],
+                    num_tokens_O=media["num_tokens_O"],
+                    placeholder_BT=placeholder_BT,
+                )
             )
-        return embeddings_BTD
+        embeddings_BTD = self.language_model.embed(tokens_BT.masked_fill(is_media_BT, 0))
+        return self.fusion.fuse(self.language_model, embeddings_BTD, batch["segments_BT"], placed)
 
     def forward(self, batch: Batch, encoded: EncodedMedia | None = None) -> Tensor:
         """Last hidden states of the language model, hidden_BTD; no logits.
@@ -203,8 +221,8 @@ class MultiModalModel(nn.Module):
             batch: What the data side made.
             encoded: Its media, where they are encoded already.
         """
-        embeddings_BTD = self.embed(batch, self.encode(batch) if encoded is None else encoded)
-        return self.language_model(embeddings_BTD, batch["segments_BT"], batch["positions_BT"])
+        with self.fused(batch, self.encode(batch) if encoded is None else encoded) as embeddings_BTD:
+            return self.language_model(embeddings_BTD, batch["segments_BT"], batch["positions_BT"])
 
     @torch.no_grad()
     def generate(self, batch: Batch, options: Generation, eos_ids: Collection[int], pad_id: int) -> list[list[int]]:
@@ -216,8 +234,8 @@ class MultiModalModel(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            embeddings_BTD = self.embed(batch, self.encode(batch))
-            tokens_BT = self.language_model.generate(embeddings_BTD, batch["segments_BT"], options, eos_ids, pad_id)
+            with self.fused(batch, self.encode(batch)) as embeddings_BTD:
+                tokens_BT = self.language_model.generate(embeddings_BTD, batch["segments_BT"], options, eos_ids, pad_id)
         finally:
             self.train(was_training)
         answers = []
@@ -230,8 +248,8 @@ class MultiModalModel(nn.Module):
 def shuffle_media(batch: Batch) -> Batch | None:
     """The batch with other media in each row that has some, or None where no row can have others.
 
-    Among rows with equally many placeholders, each row gets the media of the next one that has others, so that rows which
-    share their media (several questions about one picture) do not get them again. The tokens stay as they are.
+    Among rows with equally many media, of as many placeholders, each row gets those of the next one that has others, so that
+    rows which share their media (several questions about one picture) do not get them again. The tokens stay as they are.
     """
     shuffled = dict(batch)
     moved = False
@@ -243,13 +261,12 @@ def shuffle_media(batch: Batch) -> Batch | None:
     return shuffled if moved else None  # type: ignore[return-value]
 
 
-def rows_with_other_media(batch: Batch, shuffled: Batch) -> Tensor:
-    """Which rows have other media in `shuffled` than in `batch`: moved_B, boolean."""
+def rows_with_other_media(batch: Batch, shuffled: Batch, modality: Modality) -> Tensor:
+    """Which rows have other media of a modality in `shuffled` than in `batch`: moved_B, boolean."""
     moved_B = torch.zeros(len(batch["tokens_BT"]), dtype=torch.bool, device=batch["tokens_BT"].device)
-    for modality in MODALITIES:
-        if modality in batch:
-            media = batch[modality]
-            moved_B[media["row_O"][media["item_O"] != shuffled[modality]["item_O"]]] = True
+    if modality in batch:
+        media = batch[modality]
+        moved_B[media["row_O"][media["item_O"] != shuffled[modality]["item_O"]]] = True
     return moved_B
 
 

@@ -4,6 +4,7 @@ A model is called by its family: `model_folder("gemma2")`. The weights have a la
 each position and no two tokens come near a tie.
 """
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,11 +93,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     """`model_folder(family)`: a folder with config and random weights, made once; for language models with a ChatML tokenizer."""
     from transformers import AutoModel, AutoModelForCausalLM
 
+    from tests.encoders.audio_fakes import save_audio_model
     from tests.tiny import make_tokenizer
 
     folders: dict[str, Path] = {}
 
     def folder(family: str) -> Path:
+        if family == "whisper" and family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            save_audio_model(family, folders[family])
         if family not in folders:
             is_vision = family in ("clip", "siglip", "dinov2")
             with torch.random.fork_rng():
@@ -135,10 +140,24 @@ def tiny_dinov2(model_folder: Callable[[str], Path]) -> Path:
     return model_folder("dinov2")
 
 
+@pytest.fixture(scope="session")
+def tiny_whisper(model_folder: Callable[[str], Path]) -> Path:
+    """A Whisper of three layers, whose windows are a second long, with its feature extractor."""
+    return model_folder("whisper")
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     """A generator with a fixed seed."""
     return torch.Generator().manual_seed(20)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What a run says by `rank_zero_info`."""
+    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
+    logging.getLogger("lightning.pytorch").propagate = True
+    return caplog
 
 
 @pytest.fixture
@@ -161,7 +180,7 @@ def pictures(picture: Callable[..., Image.Image]) -> list[Image.Image]:
 
 @pytest.fixture
 def make_model(tiny_llm: Path, tiny_clip: Path) -> Callable[..., Any]:
-    """`make_model(llm=None, images=True, seed=3, tune=..., encoder_tune=...)`: a built model, in evaluation mode.
+    """`make_model(llm=None, images=True, seed=3, tune=..., encoder_tune=..., fusion=None)`: a built model, in evaluation mode.
 
     By default a Llama with LoRA on q_proj and v_proj whose B is not 0, a frozen CLIP of which the last layer but one is taken,
     and an MLP projector that is trained.
@@ -169,6 +188,7 @@ def make_model(tiny_llm: Path, tiny_clip: Path) -> Callable[..., Any]:
     from encoders.image import HFVisionEncoder
     from encoders.projectors import MLPProjector
     from encoders.tuning import Tune
+    from models.fusion import Fusion
     from models.language import LanguageModel
     from models.multimodal import MultiModalModel
 
@@ -182,11 +202,12 @@ def make_model(tiny_llm: Path, tiny_clip: Path) -> Callable[..., Any]:
         encoder_tune: Tune = frozen,
         projector_tune: Tune = full,
         pretrained: bool = True,
+        fusion: Fusion | None = None,
     ) -> MultiModalModel:
         language_model = LanguageModel(str(llm or tiny_llm), pretrained=pretrained, tune=tune)
         encoder = HFVisionEncoder(str(tiny_clip), pretrained=pretrained, layer=-2, tune=encoder_tune) if images else None
         projector = MLPProjector(tune=projector_tune) if images else None
-        model = MultiModalModel(language_model, encoder, projector)
+        model = MultiModalModel(language_model, encoder, projector, fusion=fusion)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model.build(MEDIA_TOKEN_IDS)
@@ -226,13 +247,17 @@ def make_lit_module(tiny_llm: Path, tiny_clip: Path) -> Callable[..., Any]:
 def make_batch() -> Callable[..., Batch]:
     """`make_batch([[3, "a", 4], [5]], side="right", seed=0)`: a batch of random tokens and pixels.
 
-    A number stands for so many text tokens, a name for a picture, the same for the same name. A row's last number is supervised.
+    A number stands for so many text tokens, a name for a picture, the same for the same name, which takes `placeholders` tokens.
+    A row's last number is supervised.
     """
 
-    def make(layouts: Sequence[Layout], side: Literal["left", "right"] = "right", seed: int = 0) -> Batch:
+    def make(
+        layouts: Sequence[Layout], side: Literal["left", "right"] = "right", seed: int = 0, placeholders: int = NUM_PATCHES
+    ) -> Batch:
         generator = torch.Generator().manual_seed(seed)
         media = {name: _pixels(generator) for name in sorted({x for layout in layouts for x in layout if isinstance(x, str)})}
-        return collate([_example(n, layout, media, generator) for n, layout in enumerate(layouts)], pad_id=0, side=side)
+        examples = [_example(number, layout, media, placeholders, generator) for number, layout in enumerate(layouts)]
+        return collate(examples, pad_id=0, side=side)
 
     return make
 
@@ -241,14 +266,17 @@ def _pixels(generator: torch.Generator) -> Tensor:
     return torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
 
 
-def _example(number: int, layout: Layout, media: dict[str, Tensor], generator: torch.Generator) -> Example:
+def _example(
+    number: int, layout: Layout, media: dict[str, Tensor], placeholders: int, generator: torch.Generator
+) -> Example:
     tokens: list[int] = []
+    items: list[MediaItem] = []
     for piece in layout:
         if isinstance(piece, str):
-            tokens += [IMAGE_TOKEN] * NUM_PATCHES
+            items.append(MediaItem(piece, media[piece], placeholders, position=len(tokens)))
+            tokens += [IMAGE_TOKEN] * placeholders
         else:
             tokens += torch.randint(3, VOCABULARY, (piece,), generator=generator).tolist()
     answer = layout[-1] if isinstance(layout[-1], int) else 0
     labels = [IGNORE_INDEX] * (len(tokens) - answer) + tokens[len(tokens) - answer :]
-    items = [MediaItem(name, media[name], NUM_PATCHES) for name in layout if isinstance(name, str)]
     return Example(Origin("rows.jsonl", number + 1), str(number), tokens, labels, {"image": items} if items else {})

@@ -42,6 +42,7 @@ def plain() -> dict[Path, dict[str, Any]]:
 def test_there_are_recipes_and_overlays() -> None:
     assert {"tiny", "demo", "image", "image_stage1"} <= {path.stem for path in RECIPES}
     names = {"full", "lora", "dora", "linear", "mlp", "pixel_shuffle", "csv", "wandb", "one_batch", "fast", "profile"}
+    names |= {"resampler", "cross_attention"}
     assert names <= {path.stem for path in OVERLAYS}
 
 
@@ -78,10 +79,21 @@ def test_an_overlay_changes_what_it_names_and_nothing_else(path: Path, recipe: s
     assert {name for name in before.keys() ^ after.keys() if not name.startswith(swapped or ("-",))} == grown - after.keys()
 
 
-@pytest.mark.parametrize("bridge", ["linear", "mlp", "pixel_shuffle"])
+@pytest.mark.parametrize("bridge", ["linear", "mlp", "pixel_shuffle", "resampler"])
 def test_another_projector_keeps_how_it_is_trained(bridge: str) -> None:
     config = resolved("--config", "configs/sft/image.yaml", "--config", f"configs/bridge/{bridge}.yaml")
     assert config["model"]["init_args"]["image_projector"]["init_args"]["tune"]["lr"] == 2.0e-5
+
+
+def test_the_resampler_of_other_media_is_one_flag() -> None:
+    """As the overlay says, which cannot set a projector whose encoder a recipe may lack."""
+    flags = [word for line in (ROOT / "configs/bridge/resampler.yaml").read_text().splitlines() for word in line.split()]
+    start = flags.index("--model.video_projector")
+    assert flags[start + 2] == "--model.audio_projector"
+    model = resolved("--config", "configs/sft/image.yaml", *flags[start : start + 4])["model"]["init_args"]
+    for modality in ("video", "audio"):
+        assert model[f"{modality}_projector"]["class_path"] == "encoders.resampler.PerceiverResampler"
+        assert model[f"{modality}_projector"]["init_args"]["num_latents"] == 64
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -90,11 +102,11 @@ def test_a_recipe_can_be_instantiated_without_network_weights_or_data(path: Path
     from lightning_modules.multimodal import MultiModalLitModule
 
     monkeypatch.chdir(ROOT)
-    from datamodules.base import MultiModalDataModule
+    from datamodules.loading import RowDataModule
 
     cli = OmniLitCLI(
         MultiModalLitModule,
-        MultiModalDataModule,
+        RowDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,

@@ -112,7 +112,7 @@ def make_loader(
     dataset: MultiModalDataset, batch_size: int = 2, max_skipped: float = 1.0, folder: Path | None = None, **options: Any
 ) -> StatefulLoader:
     skipped_path = None if folder is None else folder / "skipped.jsonl"
-    skipped = SkippedRows(skipped_path, str(dataset.file.path), len(dataset.file), max_skipped)
+    skipped = {"": SkippedRows(skipped_path, str(dataset.file.path), len(dataset.file), max_skipped)}
     return StatefulLoader(dataset, batch_size, skipped, **({"shuffle": True, "seed": 3} | options))
 
 

@@ -176,8 +176,8 @@ def test_only_training_is_shuffled_and_augmented(make: Callable[..., ImageDataMo
     assert all(same(*pair) for pair in zip(batches["validate"], loaders["validate"], strict=True))
     assert not any(same(*pair) for pair in zip(batches["fit"], loaders["fit"], strict=True))
     assert (batches["predict"][0]["labels_BT"] == -100).all() and (batches["test"][0]["labels_BT"] != -100).any()
-    data.limits = MediaLimits(image=ImageLimits(max_pixels=63))
-    assert data.dataset("test").limits.image.max_pixels == 63
+    strict = make(test_path=str(tmp_path / "rows.jsonl"), limits=MediaLimits(image=ImageLimits(max_pixels=63)))
+    assert strict.dataset("test").limits.image.max_pixels == 63
 
 
 def test_validation_is_whole_each_time(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def picture(number: float) -> Tensor:
 
 def examples() -> list[Example]:
     """Three rows: two pictures and a closed answer, an open answer, and a picture of the first again."""
-    cat, dog = MediaItem("cat", picture(0.5), 2), MediaItem("dog", picture(0.25), 1)
+    cat, dog = MediaItem("cat", picture(0.5), 2, 0), MediaItem("dog", picture(0.25), 1, 3)
     return [
         Example(
             origin=Origin("rows.jsonl", 1),
@@ -40,7 +40,7 @@ def examples() -> list[Example]:
             id="third",
             tokens=[7, 7, 31, 32],
             labels=[IGNORED, IGNORED, 31, IGNORED],
-            media={"image": [MediaItem("cat", picture(0.5), 2)]},
+            media={"image": [MediaItem("cat", picture(0.5), 2, 0)]},
             choices=[[31, 33]],
             num_dropped_tokens=2,
         ),
@@ -85,6 +85,15 @@ def test_a_medium_is_stacked_once() -> None:
     assert image["item_O"].tolist() == [0, 1, 0]
     assert image["row_O"].tolist() == [0, 0, 2]
     assert image["num_tokens_O"].tolist() == [2, 1, 2]
+
+
+def test_the_place_of_a_medium_moves_with_the_padding() -> None:
+    shorter = examples()
+    shorter[2].media["image"][0].position = 4  # behind the last token
+    assert collate(shorter, PAD)["image"]["position_O"].tolist() == [0, 3, 4]
+    for prompt in shorter:
+        prompt.labels, prompt.choices = [IGNORED] * len(prompt.tokens), None
+    assert collate(shorter, PAD, "left")["image"]["position_O"].tolist() == [0, 3, 6]
 
 
 def test_what_tables_and_counts_need_comes_along() -> None:

@@ -213,8 +213,8 @@ REFUSED: dict[str, tuple[Row, str]] = {
     ),
     "image is empty": ({"messages": [user("<image>q"), assistant("a")], "image": ""}, "item 1 of 'image' must be a path"),
     "image with more keys": (
-        {"messages": [user("<video>q"), assistant("a")], "videos": [{"path": "x", "start": 2}]},
-        "item 1 of 'videos' must be a path, a data: URI, or an object with nothing but 'path' or 'url', got an object",
+        {"messages": [user("<image>q"), assistant("a")], "images": [{"path": "x", "start": 2}]},
+        "item 1 of 'images' must be a path, a data: URI, or an object with nothing but 'path' or 'url', got an object",
     ),
     "media in an answer": (
         {"messages": [user("q"), assistant("<image>")], "images": ["x"]},

@@ -14,7 +14,7 @@ from datamodules.loader import Collate
 from datamodules.media import MediaLimits
 from datamodules.media_image import ImageLimits, decode_image
 from datamodules.processor import Processor, PromptOptions
-from datamodules.sampler import GlobalBatches, RowSampler
+from datamodules.sampler import GlobalBatches, Portion, RowSampler
 from datamodules.sources import MediaRoot
 from tests.datamodules.loader_fakes import ids, make_processor, make_row, pixels, same, write_rows
 
@@ -172,7 +172,7 @@ def test_spawned_workers_give_the_same_batches(path: Path, tmp_path: Path) -> No
         return list(
             DataLoader(
                 dataset,
-                batch_sampler=GlobalBatches(RowSampler(6, True, seed=1), 2),
+                batch_sampler=GlobalBatches(RowSampler([Portion(6)], True, seed=1), 2),
                 collate_fn=Collate(dataset.processor.pad_id, "right"),
                 num_workers=num_workers,
                 multiprocessing_context="spawn" if num_workers else None,

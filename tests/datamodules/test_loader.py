@@ -192,7 +192,7 @@ def test_one_batch_on_one_process_is_two_halves_on_two(dataset: Callable[..., Re
 
 
 def test_an_evaluation_begins_at_its_first_row(dataset: Callable[..., RecordingDataset]) -> None:
-    skipped = SkippedRows(None, "rows.jsonl", NUM_ROWS, 1.0)
+    skipped = {"": SkippedRows(None, "rows.jsonl", NUM_ROWS, 1.0)}
     loader = RowLoader(dataset(), 2, skipped)
     assert ids([next(iter(loader))]) == [["0", "1"]]
     assert ids(list(loader)) == ids(list(loader)) == [["0", "1"], ["2", "3"], ["4", "5"], ["6"]]

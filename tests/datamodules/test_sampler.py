@@ -1,10 +1,16 @@
 import itertools
+import math
+from collections import Counter
 
 import pytest
 import torch
 
 from datamodules.dataset import RowKey
-from datamodules.sampler import GlobalBatches, RowSampler
+from datamodules.sampler import GlobalBatches, Portion, RowSampler
+
+
+def one_source(num_rows: int, shuffle: bool, seed: int) -> RowSampler:
+    return RowSampler([Portion(num_rows)], shuffle, seed)
 
 
 def epoch(sampler: RowSampler, batch_size: int = 2, rank: int = 0, world_size: int = 1) -> list[list[int]]:
@@ -15,31 +21,31 @@ def epoch(sampler: RowSampler, batch_size: int = 2, rank: int = 0, world_size: i
 @pytest.mark.parametrize(("num_rows", "batch_size"), [(1, 3), (7, 2), (12, 3), (25, 4), (29, 1)])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_each_row_comes_once_an_epoch(world_size: int, num_rows: int, batch_size: int, shuffle: bool) -> None:
-    ranks = [epoch(RowSampler(num_rows, shuffle, seed=9), batch_size, rank, world_size) for rank in range(world_size)]
+    ranks = [epoch(one_source(num_rows, shuffle, seed=9), batch_size, rank, world_size) for rank in range(world_size)]
     rows = [row for rank in ranks for batch in rank for row in batch]
     assert sorted(rows) == list(range(num_rows))
     assert {len(batches) for batches in ranks} == {-(-num_rows // (batch_size * world_size))}
     for rank, batches in enumerate(ranks):
         assert all(len(batch) == batch_size for batch in batches[:-1])
-        sampler = GlobalBatches(RowSampler(num_rows, shuffle, seed=9), batch_size, rank, world_size)
-        assert len(sampler) == len(batches) and sampler.num_rows() == sum(map(len, batches))
+        sampler = GlobalBatches(one_source(num_rows, shuffle, seed=9), batch_size, rank, world_size)
+        assert len(sampler) == len(batches) and sampler.num_rows() == [sum(map(len, batches))]
     last = [len(batches[-1]) for batches in ranks]
     assert max(last) - min(last) <= 1
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 4), (2, 2)])
 def test_several_ranks_share_the_batches_of_one(batch_size: int, world_size: int) -> None:
-    one = epoch(RowSampler(23, True, seed=4), 4)
-    ranks = [epoch(RowSampler(23, True, seed=4), batch_size, rank, world_size) for rank in range(world_size)]
+    one = epoch(one_source(23, True, seed=4), 4)
+    ranks = [epoch(one_source(23, True, seed=4), batch_size, rank, world_size) for rank in range(world_size)]
     for batch, parts in zip(one, zip(*ranks, strict=True), strict=True):
         assert sorted(batch) == sorted(itertools.chain(*parts))
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     def order(seed: int, number: int) -> list[int]:
-        sampler = RowSampler(40, True, seed)
+        sampler = one_source(40, True, seed)
         sampler.set_epoch(number)
-        return sampler.order().tolist()
+        return sampler.order()[:, 0].tolist()
 
     orders = {(seed, number): order(seed, number) for seed in (0, 1, 42) for number in (0, 1, 2)}
     assert {key: order(*key) for key in reversed(orders)} == orders
@@ -48,22 +54,22 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
 
 
 def test_without_shuffle_the_order_is_that_of_the_file() -> None:
-    sampler = RowSampler(5, False, seed=4)
+    sampler = one_source(5, False, seed=4)
     sampler.set_epoch(3)
     assert epoch(sampler) == [[0, 1], [2, 3], [4]]
     assert list(sampler) == [RowKey(row, 3) for row in range(5)] and len(sampler) == 5
 
 
 def test_the_rest_of_an_epoch_is_the_end_of_the_whole() -> None:
-    whole = epoch(RowSampler(11, True, seed=2))
+    whole = epoch(one_source(11, True, seed=2))
     for batch in range(len(whole) + 1):
-        sampler = RowSampler(11, True, seed=2)
+        sampler = one_source(11, True, seed=2)
         sampler.go_to(0, batch)
         assert epoch(sampler) == whole[batch:]
 
 
 def test_an_epoch_under_way_keeps_its_number() -> None:
-    sampler = RowSampler(6, True, seed=2)
+    sampler = one_source(6, True, seed=2)
     batches = iter(GlobalBatches(sampler, 2))
     first = next(batches)
     sampler.set_epoch(8)
@@ -72,7 +78,7 @@ def test_an_epoch_under_way_keeps_its_number() -> None:
 
 
 def test_set_epoch_keeps_the_place_in_the_same_epoch_only() -> None:
-    sampler = RowSampler(6, True, seed=2)
+    sampler = one_source(6, True, seed=2)
     sampler.go_to(4, 1)
     sampler.set_epoch(4)
     assert (sampler.epoch, sampler.batch) == (4, 1)
@@ -81,7 +87,7 @@ def test_set_epoch_keeps_the_place_in_the_same_epoch_only() -> None:
 
 
 def test_begin_goes_on_at_a_place_once() -> None:
-    sampler = RowSampler(6, True, seed=2)
+    sampler = one_source(6, True, seed=2)
     places = []
     for place in (None, (4, 1), None, (4, 3), (2, 0)):
         if place is not None:
@@ -93,7 +99,70 @@ def test_begin_goes_on_at_a_place_once() -> None:
 
 def test_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
-    one = epoch(RowSampler(30, True, seed=7))
+    one = epoch(one_source(30, True, seed=7))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(int(torch.initial_seed()) + 1)
-    assert epoch(RowSampler(30, True, seed=7)) == one
+    assert epoch(one_source(30, True, seed=7)) == one
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("weight", [0.1, 0.25, 0.5, 0.7, 1.0, 1.5, 2.0, 3.3])
+def test_no_row_comes_again_before_all_have_come_as_often(weight: float, shuffle: bool) -> None:
+    """A pass has each row once, whatever the weight, and an epoch always has as many rows."""
+    portion = Portion(11, weight, seed=3)
+    seen: Counter[int] = Counter()
+    for number in range(12):
+        keys = portion.rows(number, shuffle).tolist()
+        assert len(keys) == portion.num_rows_an_epoch == max(1, math.floor(11 * weight + 0.5))
+        for row, earlier in keys:
+            assert seen[row] == earlier  # the pass says how often the row has come before
+            seen[row] += 1
+        assert max(seen.values()) - min(seen[row] for row in range(11)) <= 1
+
+
+def test_a_part_of_a_pass_is_drawn_and_the_next_epoch_takes_the_rest() -> None:
+    halves = [[row for row, _ in Portion(10, 0.5, seed=3).rows(number, shuffle=True).tolist()] for number in range(4)]
+    assert sorted(halves[0] + halves[1]) == sorted(halves[2] + halves[3]) == list(range(10))
+    assert set(halves[0]) != set(halves[2]) and halves[0] != sorted(halves[0])
+    assert Portion(10, 0.5, seed=3).rows(1, shuffle=False)[:, 0].tolist() == [5, 6, 7, 8, 9]
+
+
+def mixture(shuffle: bool = True) -> RowSampler:
+    return RowSampler([Portion(5, 1.0, 1), Portion(8, 0.5, 2), Portion(3, 2.0, 3)], shuffle, seed=4)
+
+
+def test_sources_are_mixed_with_their_weights() -> None:
+    sampler = mixture()
+    orders = []
+    for number in range(4):
+        sampler.set_epoch(number)
+        orders.append([tuple(key) for key in sampler])
+        of_source = [sum(start <= row < end for row, _ in orders[-1]) for start, end in ((0, 5), (5, 13), (13, 16))]
+        assert of_source == [5, 4, 6] and len(sampler) == 15
+        assert {earlier for row, earlier in orders[-1] if row >= 13} == {2 * number, 2 * number + 1}
+    assert len({tuple(order) for order in orders}) == 4
+    assert any(orders[0][i][0] >= 5 > orders[0][i + 1][0] for i in range(14))  # not one source after the other
+    assert [row for row, _ in mixture(shuffle=False)] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 14, 15, 13, 14, 15]
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 4), (2, 2), (4, 1)])
+def test_ranks_share_the_batches_of_a_mixture(batch_size: int, world_size: int) -> None:
+    whole = epoch(mixture(), 4)
+    totals: Counter[int] = Counter()
+    ranks = [GlobalBatches(mixture(), batch_size, rank, world_size) for rank in range(world_size)]
+    parts = [list(batches) for batches in ranks]
+    for batch, of_ranks in zip(whole, zip(*parts, strict=True), strict=True):
+        assert sorted(batch) == sorted(key.row for part in of_ranks for key in part)
+    for batches, part in zip(ranks, parts, strict=True):
+        rows = [key.row for batch in part for key in batch]
+        assert batches.num_rows() == [sum(start <= row < end for row in rows) for start, end in ((0, 5), (5, 13), (13, 16))]
+        totals.update(dict(enumerate(batches.num_rows())))
+    assert totals == {0: 5, 1: 4, 2: 6}
+
+
+def test_the_rest_of_an_epoch_of_a_mixture_is_the_end_of_the_whole() -> None:
+    for number, batch in ((0, 2), (3, 0), (3, 5)):
+        whole, rest = mixture(), mixture()
+        whole.go_to(number, 0)
+        rest.go_to(number, batch)
+        assert list(GlobalBatches(rest, 3)) == list(GlobalBatches(whole, 3))[batch:]

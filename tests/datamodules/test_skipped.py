@@ -11,8 +11,8 @@ from datamodules.batch import Origin, RowError
 from datamodules.skipped import SkippedRows
 
 
-def error(line: int, reason: str = "no picture", file: str = "rows.jsonl") -> RowError:
-    return RowError(Origin(file, line), reason)
+def error(line: int, reason: str = "no picture", file: str = "rows.jsonl", source: str = "") -> RowError:
+    return RowError(Origin(file, line, source), reason)
 
 
 def make(path: Path | None, max_skipped: float = 0.5, num_rows: int = 100) -> SkippedRows:
@@ -180,3 +180,16 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(ValueError, match=r"run/skipped\.jsonl cannot be written \(.*\): .*--trainer\.default_root_dir"):
         make(tmp_path / "run" / "skipped.jsonl").add([error(1)])
+
+
+def test_sources_of_one_file_count_for_themselves(path: Path) -> None:
+    """As where a file is read twice, with another prompt template: a row may be bad in one way and good in the other."""
+    sources = {name: SkippedRows(path, "rows.jsonl", 100, 0.02, source=name) for name in ("asked", "told")}
+    sources["asked"].add([error(4, source="asked"), error(5, source="asked")])
+    sources["told"].add([error(4, source="told")])
+    assert read(path)[2] == {"source": "told", "file": "rows.jsonl", "line": 4, "reason": "no picture"}
+    again = SkippedRows(path, "rows.jsonl", 100, 0.02, source="told")
+    again.add([error(4, source="told"), error(9, source="told")])
+    assert (sources["asked"].count, sources["told"].count, again.count) == (2, 1, 2) and len(read(path)) == 4
+    with pytest.raises(ValueError, match=r"^3 of 100 rows \(3 %\) from rows\.jsonl \(source 'told'\) could not be used"):
+        again.add([error(8, source="told")])

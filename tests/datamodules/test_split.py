@@ -3,7 +3,13 @@ from collections.abc import Iterable
 
 import pytest
 
-from datamodules.split import hold_out
+from datamodules import split
+
+
+def hold_out(sources: Iterable[Iterable[str]], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Of one file."""
+    (found,) = split.hold_out([sources], [share], seed)
+    return found
 
 
 def connected(sources: list[list[str]]) -> list[set[int]]:
@@ -57,3 +63,25 @@ def test_no_side_is_empty_where_there_are_two_groups() -> None:
         assert hold_out(two, 0.1, seed) == ([0, 1, 3, 6], [2, 4, 5])
         assert set(map(len, hold_out(two, 0.99, seed))) == {3, 4}
     assert hold_out([["a", "b"], ["b"], ["a"]], 0.3, 0) == ([], [0, 1, 2])
+
+
+def test_rows_of_several_files_that_share_a_medium_stay_on_one_side() -> None:
+    rng = random.Random(11)
+    files = [make_sources(rng, num_rows, 400) for num_rows in (150, 80, 40)]
+    shares = [0.1, 0.3, 0.5]
+    for seed in range(5):
+        splits = split.hold_out(files, shares, seed)
+        sides: list[set[str]] = [set(), set()]
+        for rows, share, parts in zip(files, shares, splits, strict=True):
+            assert sorted(parts[0] + parts[1]) == list(range(len(rows))) and all(part == sorted(part) for part in parts)
+            assert abs(len(parts[1]) - share * len(rows)) <= 3
+            for side, part in zip(sides, parts, strict=True):
+                side |= {name for row in part for name in rows[row]}
+        assert not sides[0] & sides[1] and all(sides)
+
+
+def test_each_file_holds_something_out_even_if_others_must_hold_out_more() -> None:
+    big, small = [["a"]] * 20 + [[f"{number}"] for number in range(20)], [["a"], ["a"]]
+    (rest, held_out), parts = split.hold_out([big, small], [0.1, 0.5], 0)
+    assert parts == ([], [0, 1])  # all of them belong together, so nothing is left to train on: the caller says so
+    assert set(range(20)) <= set(held_out) and rest

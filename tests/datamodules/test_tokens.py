@@ -71,11 +71,18 @@ def test_allowed_next_by_hand() -> None:
 def test_expand_repeats_media_and_shifts_labels() -> None:
     tokens = Tokens([7, 100, 8, 101, 100, 9, 2], [range(5, 7)], None)
     assert expand(tokens, {100: [3, 1], 101: [2]}) == Encoded(
-        [7, 100, 100, 100, 8, 101, 101, 100, 9, 2], [IGNORE_INDEX] * 8 + [9, 2], None, 0
+        [7, 100, 100, 100, 8, 101, 101, 100, 9, 2], [IGNORE_INDEX] * 8 + [9, 2], None, 0, {100: [1, 7], 101: [5]}
     )
 
 
-ROW = Encoded([100, 100, 5, 6, 7, 8], [IGNORE_INDEX] * 3 + [6, 7, 8], [[6], [7], [8]], 0)
+def test_media_without_placeholders_leave_the_text_and_keep_their_places() -> None:
+    tokens = Tokens([100, 7, 100, 101, 8, 2, 101], [range(4, 6)], None)
+    assert expand(tokens, {100: [0, 0], 101: [0, 0]}) == Encoded(
+        [7, 8, 2], [IGNORE_INDEX, 8, 2], None, 0, {100: [0, 1], 101: [1, 3]}
+    )
+
+
+ROW = Encoded([100, 100, 5, 6, 7, 8], [IGNORE_INDEX] * 3 + [6, 7, 8], [[6], [7], [8]], 0, {100: [0]})
 
 
 def test_a_row_within_the_limit_is_left_alone() -> None:
@@ -83,7 +90,18 @@ def test_a_row_within_the_limit_is_left_alone() -> None:
 
 
 def test_cut_drops_the_end_and_counts_it() -> None:
-    assert limit_length(ROW, 4, [100], cut=True) == Encoded([100, 100, 5, 6], [IGNORE_INDEX] * 3 + [6], [[6]], 2)
+    assert limit_length(ROW, 4, [100], cut=True) == Encoded(
+        [100, 100, 5, 6], [IGNORE_INDEX] * 3 + [6], [[6]], 2, {100: [0]}
+    )
+
+
+def test_a_medium_without_placeholders_is_not_cut_off() -> None:
+    row = Encoded([5, 6, 7, 8], [IGNORE_INDEX, 6, 7, 8], None, 0, {100: [0, 3]})
+    assert limit_length(row, 4, [100], cut=True) is row
+    with pytest.raises(ConversationError, match="cut a medium"):
+        limit_length(row, 3, [100], cut=True)
+    before = row._replace(positions={100: [0, 2]})
+    assert limit_length(before, 3, [100], cut=True).tokens == [5, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -101,4 +119,4 @@ def test_a_row_that_cannot_be_cut_is_refused(max_length: int, cut: bool, reason:
 
 def test_large_numbers_are_grouped() -> None:
     with pytest.raises(ConversationError, match=r"1,234 tokens \(of them 256 media\) are above prompt.max_length = 1,024"):
-        limit_length(Encoded([100] * 256 + [5] * 978, [5] * 1234, None, 0), 1024, [100], cut=False)
+        limit_length(Encoded([100] * 256 + [5] * 978, [5] * 1234, None, 0, {100: [0]}), 1024, [100], cut=False)

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demo.data import CLASSES, COLUMNS, TILES, cut
 from demo.make_sheets import make_sheets, read_idx
+from demo.pictures import CLASSES, COLUMNS, TILES, cut
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

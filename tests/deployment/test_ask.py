@@ -1,6 +1,7 @@
 """Asking a trained model on the command line."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ ANSWERS = ("red", "It is a bus.", "blue", "white")
 def train(folder: Path, module: MultiModalLitModule, rows: Path) -> Path:
     """A run folder, as a fit leaves it."""
     make_trainer(folder, RunCheckpoint(), max_epochs=2).fit(module, make_data(module, rows))
-    module.processor.save(folder / "processor")
     return folder
 
 
@@ -95,17 +95,25 @@ def test_a_link_to_a_picture_elsewhere_is_the_picture(
 
 
 def test_one_model_answers_many_questions(run: Path, rows: Path, predicted: list[dict[str, Any]]) -> None:
-    model, processor = load(run, run / "checkpoints/last.ckpt")
+    model, processor = load(run)
     for row in (0, 1):
         path = rows.parent / f"rows-{row}.png"
         answer = ask(model, processor, predicted[row]["prompt"], [path], Generation(max_new_tokens=9))
         assert answer == predicted[row]["response"]
 
 
+def test_a_checkpoint_is_enough(
+    run: Path, rows: Path, predicted: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = shutil.copy(run / "checkpoints/last.ckpt", tmp_path / "sent.ckpt")
+    assert say(capsys, alone, predicted[0]["prompt"], rows.parent / "rows-0.png").strip() == predicted[0]["response"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["{run}/nowhere", "What?"], r"nowhere is not the folder of a run.*processor"),
+        (["{run}/nowhere", "What?"], r"there is no checkpoint .*nowhere"),
+        (["{rows}", "What?"], r"there is no checkpoint .*/checkpoints/last\.ckpt; there is no checkpoint in that folder"),
         (["{run}", "What?", "{rows}/nowhere.png"], r"there is no picture .*nowhere\.png"),
         (["{run}", "What?", "nowhere/at/all.png"], r"there is no picture nowhere/at/all\.png"),
         (["{run}", "What?", "{rows}/rows.jsonl"], r"rows\.jsonl is not an image"),
@@ -113,7 +121,7 @@ def test_one_model_answers_many_questions(run: Path, rows: Path, predicted: list
         (["{run}", "<image> and <image>?", "{rows}/rows-0.png"], r"2 <image> in the messages, but 1"),
         (["{run}", "<image>?"], r"1 <image> in the messages, but 0"),
         (["{run}", " "], r"the user message is empty"),
-        (["{run}", "What?", "--checkpoint={run}/x.ckpt"], r"there is no checkpoint .*x\.ckpt"),
+        (["{run}/checkpoints/x.ckpt", "What?"], r"there is no checkpoint .*x\.ckpt; that folder has .*last\.ckpt"),
         (["{run}", "What?", "--max_new_tokens=0"], r"max_new_tokens must be at least 1"),
         (["{run}", "word " * 3000], r"max_length"),
     ],
@@ -128,7 +136,7 @@ def test_a_checkpoint_that_is_cut_off_is_named(run: Path, tmp_path: Path) -> Non
     cut = tmp_path / "cut.ckpt"
     cut.write_bytes((run / "checkpoints/last.ckpt").read_bytes()[:-500])
     with pytest.raises(SystemExit, match=r"^error: .*cut\.ckpt"):
-        main([str(run), "What?", "--checkpoint", str(cut)])
+        main([str(cut), "What?"])
 
 
 def test_a_model_of_text_alone_takes_no_picture(

@@ -50,7 +50,7 @@ class FakeProcessor:
 
     def __call__(self, sample: SimpleNamespace, media: dict[str, Any], generate: bool = False) -> Example:
         answer = [] if generate else [int(sample.id) % 8 + 1, EOS]
-        items = [MediaItem(key, torch.ones(3), 1) for key, _ in media.get("image", [])]
+        items = [MediaItem(key, torch.ones(3), 1, 0) for key, _ in media.get("image", [])]
         return Example(
             origin=sample.origin,
             id=sample.id,
@@ -120,6 +120,9 @@ class FakeValDataset:
     def __len__(self) -> int:
         return self.num_rows
 
+    def in_turn(self) -> range:
+        return range(self.num_rows)
+
     def sample(self, row: int) -> SimpleNamespace:
         origin = Origin("val.jsonl", row + 1)
         if row == 1:
@@ -147,8 +150,14 @@ class FakeData(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Batch]:
         return self.train_dataloader()
 
+    def source_counts(self) -> dict[str, dict[str, int]]:
+        return {"": self.row_counts()}
+
     def row_counts(self) -> dict[str, int]:
         return {"rows": 3000, "trained": 2980, "skipped": 15, "not_reached": 5}
+
+    def media_counts(self) -> dict[str, int]:
+        return {"image": 2900, "video": 0, "audio": 0}
 
     def collate(self, examples: list[Example], generate: bool = False) -> Batch:
         rows = [{"id": e.id, "file": e.origin.file, "line": e.origin.line, "prompt": e.prompt} for e in examples]
@@ -167,7 +176,10 @@ def make_batch(labels: list[list[int]], segments: list[list[int]] | None = None,
         positions_BT=torch.arange(labels_BT.shape[1]).expand_as(labels_BT),
         segments_BT=segments_BT,
         choices_SK=torch.zeros(0, 0, dtype=torch.long),
-        examples=[{"id": f"r{i}", "file": "train.jsonl", "line": i + 1} for i in range(num_samples)],
+        examples=[
+            {"id": f"r{i}", "file": "train.jsonl", "line": i + 1, "reference": f"answer r{i}" if i == 0 else ""}
+            for i in range(num_samples)
+        ],
         skipped=[],
         num_dropped_tokens=0,
     )

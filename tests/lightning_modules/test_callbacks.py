@@ -1,9 +1,5 @@
-"""What a run measures, shows and sums up."""
+"""What a run measures and shows."""
 
-import json
-import logging
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules.batch import Batch
 from lightning_modules import callbacks
-from lightning_modules.callbacks import ProgressBar, RunSummary, Throughput, _count_line
+from lightning_modules.callbacks import ProgressBar, Throughput
 
 
 class Clock:
@@ -136,85 +132,6 @@ def test_progress_bar_is_short(tmp_path: Path) -> None:
     make_trainer(tmp_path, [bar, Show()], enable_progress_bar=True).fit(FakeModule(), datamodule=FakeData([good_batch()]))
     assert float(shown.pop("loss")) > 0
     assert shown == {"tokens/s": "2.1k", "wait": "3 %", "val/loss": "0.512", "epoch_name": "a"}
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
-    logging.getLogger("lightning.pytorch").propagate = True
-    return caplog
-
-
-def read(tmp_path: Path) -> dict[str, Any]:
-    return json.loads((tmp_path / "summary.json").read_text())
-
-
-def test_summary_of_a_complete_fit(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
-    saves = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
-    trainer = make_trainer(tmp_path, [RunSummary(), saves], enable_checkpointing=True, max_epochs=2)
-    trainer.fit(FakeModule(), datamodule=FakeData([good_batch()] * 3, [good_batch()]))
-    summary = read(tmp_path)
-    counts = {"rows": 3000, "trained": 2980, "skipped": 15, "not_reached": 5}
-    assert summary | counts | {"status": "finished", "steps": 6, "epochs": 2} == summary
-    assert summary["best_checkpoint"] == saves.best_model_path and Path(summary["last_checkpoint"]).exists()
-    assert summary["metrics"] == {name: pytest.approx(float(value)) for name, value in trainer.callback_metrics.items()}
-    assert {"train/loss", "val/loss"} <= summary["metrics"].keys()
-    # more than a Python with torch needs, less than the machine has; a wrong unit is a factor of 1024
-    assert 100e6 < summary["peak_memory_bytes"] < 50e9
-    assert "rows: 3,000 = 2,980 trained + 15 skipped + 5 not reached in the last epoch" in log.messages
-
-
-def test_summary_adds_the_rows_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(tmp_path, [RunSummary()])
-    # stands for two processes with equally many rows
-    monkeypatch.setattr(trainer.strategy, "reduce", lambda tensor, reduce_op: tensor * 2 if reduce_op == "sum" else tensor)
-    trainer.fit(FakeModule(), datamodule=FakeData([good_batch()]))
-    assert (read(tmp_path)["rows"], read(tmp_path)["not_reached"]) == (6000, 10)
-
-
-def test_summary_of_an_epoch_that_saw_all_rows() -> None:
-    counts = {"rows": 1200, "trained": 1180, "skipped": 20, "not_reached": 0}
-    assert _count_line(counts) == "rows: 1,200 = 1,180 trained + 20 skipped"
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [(RuntimeError("out of memory"), "failed: RuntimeError: out of memory"), (KeyboardInterrupt(), "interrupted")],
-)
-def test_summary_of_a_fit_that_stops(tmp_path: Path, error: BaseException, status: str) -> None:
-    class Stops(FakeModule):
-        def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-            if batch_idx == 2:
-                raise error
-
-    started = time.monotonic()
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises((type(error), SystemExit)):
-        make_trainer(tmp_path, [RunSummary()]).fit(Stops(), datamodule=FakeData([good_batch()] * 4))
-    signal.signal(signal.SIGINT, handler)  # Lightning lets a second Ctrl-C pass, for the rest of the process
-    summary = read(tmp_path)
-    assert (summary["status"], summary["steps"], summary["epochs"]) == (status, 2, 0)
-    assert 0 <= summary["seconds"] <= time.monotonic() - started + 0.1
-
-
-def test_no_summary_where_training_never_began(tmp_path: Path) -> None:
-    class Refuses(Callback):
-        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-            raise ValueError("no")
-
-    with pytest.raises(ValueError, match="no"):
-        make_trainer(tmp_path, [Refuses(), RunSummary()]).fit(FakeModule(), datamodule=FakeData([good_batch()]))
-    assert not (tmp_path / "summary.json").exists()
-
-
-def test_a_full_disk_does_not_hide_what_stopped_the_run(tmp_path: Path) -> None:
-    class Stops(FakeModule):
-        def on_train_batch_end(self, *_: Any) -> None:
-            (tmp_path / "file").write_text("in the way")
-            raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError, match="out of memory"), pytest.warns(UserWarning, match="summary.json cannot be written"):
-        make_trainer(tmp_path / "file", [RunSummary()]).fit(Stops(), datamodule=FakeData([good_batch()]))
 
 
 def test_all_callbacks_can_be_named_from_one_place() -> None:

@@ -78,7 +78,7 @@ class TestContent:
         assert names == {name for name in own if "lora_" in name or name.startswith("image_projector")}
         assert all(torch.equal(tensor, own[name]) for name, tensor in checkpoint["state_dict"].items())
         assert checkpoint["model"] == module.model_spec()
-        assert checkpoint["fingerprints"].keys() == {"language_model", "image_encoder", "image_projector"}
+        assert checkpoint["fingerprints"].keys() == {"language_model", "image_encoder", "image_projector", "fusion"}
         assert torch.equal(checkpoint["rng"]["cpu"], torch.get_rng_state())
         assert path.stat().st_size < 300_000 < sum(tensor.numel() * 4 for tensor in own.values())
 

@@ -1,76 +1,31 @@
 """What stops a fit that would not train, and what it shows of one that does."""
 
-import json
-import logging
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from callback_fakes import EOS, Bridge, FakeData, FakeModule, Words, good_batch, make_batch, make_trainer
+from callback_fakes import EOS, Bridge, FakeData, FakeModule, Words, good_batch, make_trainer
+from callback_fakes import make_batch as labelled_batch
 
-from encoders.tuning import Tune
-from lightning_modules.first_step import FirstStepCheck, PartTable, problem_of_gradients, problem_of_labels
+from datamodules.batch import Batch
+from encoders.tuning import LoRA, Tune
+from lightning_modules.first_step import FirstStepCheck, problem_of_gradients, problem_of_labels
+from lightning_modules.losses import cross_entropy, supervised
+from models.multimodal import MultiModalModel
 
 FROZEN = Tune(mode="frozen")
 
 
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero")
-    logging.getLogger("lightning.pytorch").propagate = True
-    return caplog
-
-
-def test_part_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_trainer(tmp_path, [PartTable()]).fit(FakeModule(bridge=Bridge(FROZEN)), datamodule=FakeData([good_batch()]))
-    rows = json.loads((tmp_path / "parts.json").read_text())
-    words = {"part": "language_model", "class": "Words", "mode": "full", "parameters": 90, "trainable": 90}
-    bridge = {"part": "image_projector", "class": "Bridge", "mode": "frozen", "parameters": 16, "trainable": 0}
-    # the optimizer's own learning rate, not the one that tune asks for
-    assert rows == [{**words, "lr": 0.05, "dtype": "float32"}, {**bridge, "lr": None, "dtype": "float32"}]
-    shown = capsys.readouterr().out
-    assert "image_projector" in shown and "106" in shown
-
-
-def test_part_table_shows_the_rate_before_warm_up(tmp_path: Path) -> None:
-    class Warming(FakeModule):
-        def configure_optimizers(self) -> dict:
-            optimizer = super().configure_optimizers()
-            return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)}
-
-    make_trainer(tmp_path, [PartTable()]).fit(Warming(), datamodule=FakeData([good_batch()]))
-    assert [row["lr"] for row in json.loads((tmp_path / "parts.json").read_text())] == [0.05, 0.05]
-
-
-@pytest.mark.parametrize(
-    ("words", "bridge", "match"),
-    [
-        (Words(FROZEN), Bridge(FROZEN), "nothing trains: every part is frozen"),
-        (Words(), Bridge(Tune(mode="lora")), r"image_projector \(Bridge\) has tune.mode lora, but none of its 16"),
-        (
-            Words(FROZEN).requires_grad_(),
-            Bridge(),
-            "language_model .* has tune.mode frozen, but 90 of its parameters would train",
-        ),
-    ],
-)
-def test_part_table_refuses(tmp_path: Path, words: Words, bridge: Bridge, match: str) -> None:
-    module = FakeModule(words, bridge)
-    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=match):
-        make_trainer(tmp_path, [PartTable()]).fit(module, datamodule=FakeData([good_batch()]))
-    assert not (tmp_path / "parts.json").exists()
-
-
 def test_a_good_first_step_is_one_line(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
-    data = FakeData([good_batch(), make_batch([[-100, -100, 3, 3]])])  # the second batch is looked at no more
+    data = FakeData([good_batch(), labelled_batch([[-100, -100, 3, 3]])])  # the second batch is looked at no more
     make_trainer(tmp_path, [FirstStepCheck()]).fit(FakeModule(), datamodule=data)
     lines = [message for message in log.messages if message.startswith("first step")]
     assert lines == [
         "first step: 5 supervised tokens in 2 rows, answers end in their end token, "
-        "gradients reach language_model, image_projector and nothing that is frozen"
+        "gradients reach all that trains of language_model, image_projector and nothing that is frozen"
     ]
 
 
@@ -78,7 +33,7 @@ def test_every_fit_is_checked(tmp_path: Path) -> None:
     check, module = FirstStepCheck(), FakeModule()
     make_trainer(tmp_path, [check]).fit(module, datamodule=FakeData([good_batch()]))
     module.detach_bridge = True
-    with pytest.raises(ValueError, match=r"image_projector .* got no gradient at all"):
+    with pytest.raises(ValueError, match=r"image_projector .* 2 of its 2 trainable parameters got no gradient"):
         make_trainer(tmp_path, [check]).fit(module, datamodule=FakeData([good_batch()]))
 
 
@@ -95,7 +50,7 @@ def test_a_bad_batch_stops_before_the_model_sees_it(tmp_path: Path) -> None:
     module = FakeModule()
     before = [parameter.clone() for parameter in module.parameters()]
     with pytest.raises(ValueError, match="none of the 4 tokens"):
-        make_trainer(tmp_path, [FirstStepCheck()]).fit(module, datamodule=FakeData([make_batch([[-100] * 4])]))
+        make_trainer(tmp_path, [FirstStepCheck()]).fit(module, datamodule=FakeData([labelled_batch([[-100] * 4])]))
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
@@ -117,12 +72,12 @@ def test_a_bad_batch_stops_before_the_model_sees_it(tmp_path: Path) -> None:
     ],
 )
 def test_problem_of_labels(labels: list[list[int]], segments: list[list[int]] | None, match: str | None) -> None:
-    problem = problem_of_labels(make_batch(labels, segments), {EOS})
+    problem = problem_of_labels(labelled_batch(labels, segments), {EOS})
     assert problem == "" if match is None else re.search(match, problem)
 
 
 def test_an_answer_that_was_cut_needs_no_end_token() -> None:
-    batch = make_batch([[-100, 3, 4], [-100, 3, EOS]])
+    batch = labelled_batch([[-100, 3, 4], [-100, 3, EOS]])
     assert problem_of_labels(batch, {EOS})
     batch["num_dropped_tokens"] = 7
     assert problem_of_labels(batch, {EOS}) == ""
@@ -135,26 +90,36 @@ def backward(module: FakeModule, image: bool = True) -> dict:
     return batch
 
 
-def test_gradients_are_well() -> None:
+def test_each_parameter_needs_a_gradient() -> None:
     module = FakeModule()
     batch = backward(module)
     assert problem_of_gradients(module.parts(), batch) == ""
-    module.words.embedding.weight.grad = None  # as long as something of the part learns
+    module.words.embedding.weight.grad = None
+    problem = problem_of_gradients(module.parts(), batch)
+    assert problem.startswith("language_model (tune.mode full): 1 of its 3 trainable parameters got no gradient")
+    assert "(embedding.weight)" in problem
+    module.words.embedding.weight.requires_grad_(False)  # not used, and so frozen by its build()
+    assert problem_of_gradients(module.parts(), batch) == ""
+    module.words.embedding.weight.requires_grad_(True).grad = torch.zeros(10, 4)  # as long as something of the part learns
     assert problem_of_gradients(module.parts(), batch) == ""
 
 
 def test_without_pictures_their_parts_need_no_gradient() -> None:
     module = FakeModule()
-    assert problem_of_gradients(module.parts(), backward(module, image=False)) == ""
-    assert "image_projector" in problem_of_gradients(module.parts(), good_batch(image=True))
+    batch = backward(module, image=False)
+    parts = module.parts()
+    assert problem_of_gradients(parts, batch) == ""
+    nested = {"language_model": parts["language_model"], "image_projector.inner": parts["image_projector"]}
+    assert problem_of_gradients(nested, batch) == ""
+    assert "image_projector" in problem_of_gradients(parts, good_batch(image=True))
 
 
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (0.0, "only gradients that are exactly 0"),
-        (float("nan"), r"image_projector.linear.weight is not finite (1 of the 2"),
-        (None, "no gradient at all"),
+        (0.0, "it got only gradients that are exactly 0"),
+        (float("nan"), "1 of its 2 gradients are not finite (linear.weight)"),
+        (None, "2 of its 2 trainable parameters got no gradient from the first batch (linear.weight, linear.bias)"),
     ],
 )
 def test_gradients_that_teach_nothing(value: float | None, said: str) -> None:
@@ -164,9 +129,78 @@ def test_gradients_that_teach_nothing(value: float | None, said: str) -> None:
     linear.bias.grad = None if value is None else torch.zeros_like(linear.bias)
     linear.weight.grad = None if value is None else torch.full_like(linear.weight, value)
     if value is not None and math.isnan(value):
-        linear.bias.grad = torch.ones_like(linear.bias)
         assert problem_of_gradients(module.parts(), batch, may_overflow=True) == ""
-    assert said in problem_of_gradients(module.parts(), batch)
+    problem = problem_of_gradients(module.parts(), batch)
+    assert problem.startswith(f"image_projector (tune.mode full): {said}")
+
+
+def test_behind_a_shut_gate_nothing_is_known_yet() -> None:
+    module = FakeModule()
+    batch = backward(module)
+    module.bridge.linear.bias.grad = torch.zeros(4)
+    module.bridge.linear.weight.grad = torch.zeros(4, 3)
+
+    class Gates(Words):
+        @property
+        def gates(self) -> dict[str, torch.nn.Parameter]:
+            return {"head.bias": self.head.bias}
+
+    gates, frozen = Gates(), Gates(FROZEN)
+    for parameter in gates.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for part in (gates, frozen):
+        part.head.bias.data.zero_()
+    parts = {**module.parts(), "fusion": gates}
+    gates.head.bias.grad.zero_()
+    assert problem_of_gradients(parts, batch).startswith("the gates of fusion are 0 and got only gradients that are exactly 0")
+    gates.head.bias.grad.fill_(1)
+    assert problem_of_gradients(parts, batch) == ""
+    module.bridge.linear.bias.grad = None  # not even 0
+    assert problem_of_gradients(parts, batch).startswith("image_projector (tune.mode full): 1 of its 2 trainable parameters")
+    module.bridge.linear.bias.grad = torch.zeros(4)
+    assert "the gates of fusion (tune.mode frozen) are 0 and do" in problem_of_gradients({**parts, "fusion": frozen}, batch)
+    for parameter in module.words.parameters():  # the language model is not behind it
+        parameter.grad = torch.zeros_like(parameter)
+    assert "language_model" in problem_of_gradients(parts, batch)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_each_adapter_learns(
+    make_model: Callable[..., MultiModalModel], make_batch: Callable[..., Batch], use_dora: bool
+) -> None:
+    lora = LoRA(target_modules=("q_proj", "v_proj"), use_dora=use_dora)
+    model = make_model(tune=Tune(mode="lora", lora=lora), encoder_tune=Tune(mode="lora", lora=lora))
+    adapters = dict(model.named_parameters())
+    batch = make_batch([[3, "a", 4], [5, 2]])
+    for name, parameter in adapters.items():
+        if "lora_B" in name:
+            parameter.data.zero_()  # as at the start of a run
+    model(batch).square().sum().backward()
+    b_first = "language_model.model.model.layers.1.self_attn.v_proj.lora_B.default.weight"
+    assert not adapters[b_first.replace("lora_B", "lora_A")].grad.any()  # its A gets 0 while its B is 0
+    assert problem_of_gradients(model.parts(), batch) == ""
+    for name, parameter in adapters.items():
+        if name.startswith(b_first.partition(".lora_")[0]) and parameter.grad is not None:
+            parameter.grad.zero_()
+    problem = problem_of_gradients(model.parts(), batch)
+    silent = "1 of its 4 adapters (model.model.layers.1.self_attn.v_proj) got only gradients that are exactly 0"
+    assert problem.startswith(f"language_model (tune.mode lora): {silent}")
+    adapters[b_first].grad = None
+    assert "trainable parameters got no gradient" in problem_of_gradients(model.parts(), batch)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gptj", "granite", "cohere"])
+def test_no_parameter_of_a_model_that_trains_in_full_is_left_out(
+    model_folder: Callable[[str], Path],
+    make_model: Callable[..., MultiModalModel],
+    make_batch: Callable[..., Batch],
+    family: str,
+) -> None:
+    model = make_model(llm=model_folder(family), tune=Tune(), encoder_tune=Tune(), pretrained=True).train()
+    batch = make_batch([[3, "a", 4], [5, 2]])
+    hidden_SD, labels_S = supervised(model(batch), batch["labels_BT"])
+    cross_entropy(hidden_SD, model.language_model.head, labels_S)[0].backward()
+    assert problem_of_gradients(model.parts(), batch) == ""
 
 
 def test_a_frozen_part_with_a_gradient() -> None:

@@ -15,12 +15,18 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from datamodules.batch import Batch
+from datamodules.mixture import MixtureDataModule
+from datamodules.source import Source
 from encoders.image import HFVisionEncoder
 from encoders.projectors import MLPProjector
 from encoders.tuning import LoRA, Tune
 from lightning_modules.checkpoints import RunCheckpoint
 from lightning_modules.multimodal import MultiModalLitModule, Stage
+from models.cross_attention import GatedCrossAttentionFusion
+from models.fusion import Fusion
 from models.language import LanguageModel
+from tests.encoders.audio_fakes import save_audio_model
+from tests.lightning_modules.media_fakes import make_all, write_media_rows
 from tests.lightning_modules.run_fakes import make_data, make_trainer, weights, write_rows
 
 Job = Callable[[Path, dict[str, Any]], None]
@@ -54,8 +60,11 @@ def train(tiny_llm: Path, tiny_clip: Path) -> Callable[..., None]:
     return job
 
 
-def in_two_processes(job: Callable[..., None], *arguments: Any, **options: Any) -> list[int | None]:
-    """Runs a job in each of two forked processes; returns their exit codes."""
+def in_two_processes(
+    job: Callable[..., None], *arguments: Any, timeout_seconds: float = 30.0, **options: Any
+) -> list[int | None]:
+    """Runs a job in each of two forked processes; returns their exit codes. Processes that wait for each other in vain give up
+    after `timeout_seconds`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,8 +75,7 @@ def in_two_processes(job: Callable[..., None], *arguments: Any, **options: Any) 
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
         os.environ.update({name: str(value) for name, value in {**names, **address}.items()})
-        # processes that wait for each other in vain give up
-        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=30))
+        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         job(*arguments, {"strategy": strategy, "devices": 2}, **options)
 
     processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(2)]
@@ -131,3 +139,100 @@ def test_an_error_of_one_process_ends_both(train: Callable[..., None], tmp_path:
     rows = write_rows(tmp_path / "rows.jsonl", 10)
     assert in_two_processes(train, tmp_path, rows, batch_size=1, kind=kind) == [1, 1]
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whisper")
+    save_audio_model("whisper", folder)
+    return folder
+
+
+@pytest.fixture
+def train_all(tiny_llm: Path, tiny_clip: Path, whisper: Path) -> Callable[..., None]:
+    """`train_all(folder, rows, trainer_options, batch_size, fusion=None)`: fits a model of all modalities, keeps its weights."""
+
+    def job(
+        folder: Path, rows: Path, trainer_options: dict[str, Any], batch_size: int, fusion: Fusion | None = None, **more: Any
+    ) -> None:
+        torch.manual_seed(4)
+        module = make_all(tiny_llm, tiny_clip, whisper, optimizer=sgd, fusion=fusion)
+        data = make_data(module, rows, batch_size=batch_size, shuffle=False)
+        trainer = make_trainer(folder, **{"max_steps": 3, **trainer_options, **more})
+        trainer.fit(module, data)
+        folder.mkdir(exist_ok=True)
+        torch.save(weights(module), folder / f"{trainer.global_rank}.pt")
+
+    return job
+
+
+def one_kind_a_rank(path: Path, first: str, second: str) -> Path:
+    """With batches of one row a process, the first process gets rows of one kind alone and the second one of the other."""
+    return write_media_rows(path, [first, second] * 4)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "accumulate", "fusion"),
+    [
+        (("a", ""), 1, None),
+        (("a", ""), 2, None),  # of two batches only the second one's gradients are exchanged
+        (("va", "i"), 1, None),
+        (("a", ""), 1, GatedCrossAttentionFusion(every=1, num_heads=2, head_dim=8)),
+    ],
+)
+def test_processes_with_rows_of_different_kinds_do_what_one_does(
+    train_all: Callable[..., None], tmp_path: Path, kinds: tuple[str, str], accumulate: int, fusion: Fusion | None
+) -> None:
+    rows = one_kind_a_rank(tmp_path / "rows.jsonl", *kinds)
+    options = {"fusion": fusion, "accumulate_grad_batches": accumulate, "max_steps": 4 // accumulate}
+    train_all(tmp_path / "one", rows, {}, batch_size=2, **options)
+    assert in_two_processes(train_all, tmp_path / "two", rows, batch_size=1, **options) == [0, 0]
+    expected = torch.load(tmp_path / "one/0.pt", weights_only=True)
+    for rank in range(2):
+        got = torch.load(tmp_path / f"two/{rank}.pt", weights_only=True)
+        for name, tensor in expected.items():
+            assert torch.allclose(got[name], tensor, atol=1e-6), name
+
+
+def test_without_the_touch_of_idle_parts_the_processes_wait_in_vain(
+    train_all: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process offers the gradients of all encoders, of which the other one, with text alone, has none."""
+    monkeypatch.setattr("lightning_modules.multimodal.touch_idle_parts", lambda loss, model, batch: loss)
+
+    def job(*arguments: Any, **options: Any) -> None:
+        try:
+            train_all(*arguments, **options)
+        except RuntimeError as error:
+            (tmp_path / f"{os.environ['RANK']}.txt").write_text(str(error))
+            raise
+
+    rows = one_kind_a_rank(tmp_path / "rows.jsonl", "iva", "")
+    assert in_two_processes(job, tmp_path / "two", rows, batch_size=1, timeout_seconds=3) == [1, 1]
+    assert "Timed out waiting 3000ms" in "".join(path.read_text() for path in tmp_path.glob("*.txt"))
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_metrics_and_sources_that_only_one_process_has_are_known_to_both(
+    tiny_llm: Path, tiny_clip: Path, whisper: Path, tmp_path: Path
+) -> None:
+    def job(folder: Path, trainer_options: dict[str, Any], batch_size: int) -> None:
+        torch.manual_seed(4)
+        module = make_all(tiny_llm, tiny_clip, whisper)
+        data = MixtureDataModule(sources, batch_size=batch_size, num_workers=0, processor=module.processor, max_skipped=0.5)
+        trainer = make_trainer(folder, **trainer_options)
+        (metrics,) = trainer.test(module, data, verbose=False)
+        folder.mkdir(exist_ok=True)
+        (folder / f"{trainer.global_rank}.json").write_text(json.dumps(metrics))
+
+    paths = {name: write_media_rows(tmp_path / f"{name}.jsonl", kinds) for name, kinds in (("a", ["i"]), ("b", ["", "a", ""]))}
+    lines = paths["b"].read_text().splitlines()
+    paths["b"].write_text("\n".join([*lines[:2], "{"]) + "\n")  # of a, b, b, b the second process gets one row of b
+    sources = {name: Source(test_path=str(path)) for name, path in paths.items()}
+    job(tmp_path / "one", {}, batch_size=2)
+    assert in_two_processes(job, tmp_path / "two", batch_size=1) == [0, 0]
+    expected, first, second = (json.loads((tmp_path / name).read_text()) for name in ("one/0.json", "two/0.json", "two/1.json"))
+    assert first == second and {"test/a/loss", "test/b/loss"} < first.keys() == expected.keys()
+    assert first == pytest.approx(expected, rel=1e-5)
+    named = [json.loads(line) for line in (tmp_path / "two/skipped.jsonl").read_text().splitlines()]
+    assert [(row["source"], row["line"]) for row in named] == [("b", 3)]

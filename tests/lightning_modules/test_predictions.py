@@ -23,13 +23,15 @@ def test_rows_are_written_and_earlier_files_stay(tmp_path: Path) -> None:
     predict(tmp_path, module)
     rows = lines(tmp_path / "predictions.jsonl")
     assert [row["response"] for row in rows] == ["answer r0", "answer r1"] * 2
-    assert rows[1] == {"id": "r1", "file": "train.jsonl", "line": 2, "response": "answer r1"}
+    assert rows[1] == {"id": "r1", "file": "train.jsonl", "line": 2, "reference": "", "response": "answer r1", "right": None}
+    assert [row["right"] for row in rows] == [True, None] * 2
     before = (tmp_path / "predictions.jsonl").read_bytes()
     module.generate = lambda batch: ["été\u2028 <b>", "\U0001f600"]  # type: ignore[method-assign]
     predict(tmp_path, module)
     predict(tmp_path, module)
     assert (tmp_path / "predictions.jsonl").read_bytes() == before
-    assert lines(tmp_path / "predictions-2.jsonl")[0]["response"] == "été\u2028 <b>"
+    second = lines(tmp_path / "predictions-2.jsonl")[0]
+    assert (second["response"], second["right"]) == ("été\u2028 <b>", False)
     assert "\U0001f600" in (tmp_path / "predictions-3.jsonl").read_text(encoding="utf-8")
     assert sorted(path.name for path in tmp_path.glob("*predictions*")) == [
         "predictions-2.jsonl",

@@ -107,6 +107,7 @@ def test_wandb_gets_a_table_instead_of_the_page(tmp_path: Path, monkeypatch: pyt
     logger = FakeLogger()
     fit(tmp_path, FakeModule(), logger=logger)
     assert [(logged["key"], logged["step"]) for logged in logger.tables] == [("val/samples", 2), ("val/samples", 4)]
+    assert [row[-2] for row in logger.tables[0]["data"]] == [True, True, False, False]
     rows = [dict(zip(logger.tables[0]["columns"], row, strict=True)) for row in logger.tables[0]["data"]]
     assert [(row["id"], row["answer"], row["loss"]) for row in rows] == [
         (i, f"answer {i}", n / 2) for n, i in enumerate("0234", 1)
@@ -118,12 +119,13 @@ def test_wandb_gets_a_table_instead_of_the_page(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("reference", "closed", "answer", "verdict"),
     [
-        ("A red bus.", False, "a  red bus", "right"),
+        ("A red bus.\n", False, " A red bus.", "right"),
+        ("A red bus.", False, "a red bus", "wrong"),
         ("A red bus.", False, "A blue bus.", "wrong"),
         ("bus", False, "", "wrong"),
         ("3.5", False, "35", "wrong"),
         ("A red bus waits at the corner of a street.", False, "A bus at a corner.", "open"),
-        ("A red bus waits at the corner of a street.", False, "a red bus waits at the corner of a street", "right"),
+        ("A red bus waits at the corner of a street.", False, "A red bus waits at the corner of a street.", "right"),
         ("A red bus waits at the corner of a street.", True, "A bus at a corner.", "wrong"),
     ],
 )

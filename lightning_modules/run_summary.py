@@ -1,0 +1,160 @@
+"""What a fit did, in one line and one file."""
+
+import json
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from datamodules.batch import MODALITIES, Batch, Modality
+from lightning_modules.run_folder import run_folder, write_text
+
+if TYPE_CHECKING:
+    from datamodules.loading import RowDataModule
+    from lightning_modules.multimodal import MultiModalLitModule
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows and media of a fit.
+
+    Args:
+        rows: Rows of the last epoch: rows = trained + skipped + not_reached; and its dropped_tokens.
+        media: Media in the rows of the last epoch, by modality.
+        seen: Media in the rows of the whole fit, by modality.
+        sources: The rows by the name of their source, of a mixture.
+    """
+
+    rows: dict[str, int]
+    media: dict[Modality, int]
+    seen: dict[Modality, int]
+    sources: dict[str, dict[str, int]]
+
+    def add_up(self, trainer: Trainer) -> Self:
+        """The sum over all processes, which must meet here."""
+        columns: list[dict[Any, int]] = [self.rows, self.media, self.seen, *self.sources.values()]
+        own = torch.tensor([count for column in columns for count in column.values()], device=trainer.strategy.root_device)
+        total = iter(trainer.strategy.reduce(own, reduce_op="sum").tolist())
+        rows, media, seen, *of_sources = ({name: next(total) for name in column} for column in columns)
+        return type(self)(rows, media, seen, dict(zip(self.sources, of_sources, strict=True)))
+
+    def line(self, modalities: Collection[Modality]) -> str:
+        """The last epoch in a line, with the media of these modalities and of any other that was met."""
+        named = [f"{count:,} {name}" for name, count in self.media.items() if count or name in modalities]
+        return _account("rows", self.rows) + (f"; media in them: {', '.join(named)}" if named else "")
+
+    def source_lines(self) -> list[str]:
+        """A line for each source."""
+        return [_account(f"  of {name}", rows) for name, rows in self.sources.items()]
+
+
+class RunSummary(Callback):
+    """Sums a fit up when it ends, also when it is stopped or fails: a line in the log, and `summary.json` in the run folder.
+
+    Rows and media are those of the last epoch. An encoder that no row of the whole fit had media for earns a warning.
+    """
+
+    def __init__(self) -> None:
+        self._started: float | None = None
+        self._seen: Counter[Modality] = Counter()
+        self._counts: Counts | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._started, self._counts = time.monotonic(), None
+        self._seen = Counter(_datamodule(trainer).media_counts())  # those that a resumed epoch had before
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Counts the media of the fit."""
+        self._seen.update({modality: len(batch[modality]["item_O"]) for modality in MODALITIES if modality in batch})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds the counts of all processes up, while they can still reach each other."""
+        self._counts = self._own_counts(trainer).add_up(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sums a complete fit up."""
+        self._write(trainer, pl_module, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Sums up what there is, if training had begun."""
+        stopped = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
+        status = "interrupted" if stopped else f"failed: {type(exception).__name__}: {exception}"
+        try:
+            self._write(trainer, pl_module, status)
+        except ValueError as error:  # a full disk must not hide what stopped the run
+            rank_zero_warn(str(error))
+
+    def _own_counts(self, trainer: Trainer) -> Counts:
+        datamodule = _datamodule(trainer)
+        seen = {name: self._seen[name] for name in MODALITIES}
+        sources = {name: rows for name, rows in datamodule.source_counts().items() if name}
+        return Counts(datamodule.row_counts(), datamodule.media_counts(), seen, sources)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, status: str) -> None:
+        if self._started is None or not trainer.is_global_zero:
+            return
+        seconds, self._started = time.monotonic() - self._started, None
+        of_all = self._counts is not None or trainer.world_size == 1
+        counts = self._counts or self._own_counts(trainer)
+        parts = cast("MultiModalLitModule", pl_module).parts()
+        encoded = [modality for modality in MODALITIES if f"{modality}_encoder" in parts]
+        rank_zero_info(counts.line(encoded) + ("" if of_all else " (this process alone)"))
+        for line in counts.source_lines():
+            rank_zero_info(line)
+        if of_all and counts.rows["trained"]:
+            for modality in encoded:
+                if not counts.seen[modality]:
+                    rank_zero_warn(_never_seen(modality))
+        summary: dict[str, Any] = {
+            "status": status,
+            **counts.rows,
+            "media": counts.media,
+            **({"sources": counts.sources} if counts.sources else {}),
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "seconds": round(seconds, 1),
+            "peak_memory_bytes": _peak_memory_bytes(),
+        }
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            summary["peak_cuda_bytes"] = torch.cuda.max_memory_allocated(device)
+        if isinstance(checkpoint := trainer.checkpoint_callback, ModelCheckpoint):
+            summary["best_checkpoint"] = checkpoint.best_model_path or None
+            summary["last_checkpoint"] = checkpoint.last_model_path or None
+        summary["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        write_text(run_folder(trainer) / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+
+def _datamodule(trainer: Trainer) -> "RowDataModule":
+    return trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
+
+
+def _account(name: str, rows: dict[str, int]) -> str:
+    line = f"{name}: {rows['rows']:,} = {rows['trained']:,} trained + {rows['skipped']:,} skipped"
+    return line + (f" + {rows['not_reached']:,} not reached in the last epoch" if rows["not_reached"] else "")
+
+
+def _never_seen(modality: Modality) -> str:
+    return (
+        f"the model has {modality}_encoder and {modality}_projector, but none of the rows that this fit trained on has "
+        f"{modality} media, so they have learnt nothing. Check the rows of data.train_path (<{modality}> in the text, "
+        f"{modality}s beside it), or leave the two out"
+    )
+
+
+def _peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

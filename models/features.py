@@ -1,0 +1,124 @@
+"""Features of frozen encoders, so that those of an item do not depend on the batch that it happens to be in.
+
+Shape suffixes: N items of a batch, T their first dimension, L features of an item, D width.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from datamodules.batch import MediaBatch, pad_time
+from encoders.base import Encoder
+
+TOGETHER = (16, 8, 4)
+"""How many items are tried together where one is small."""
+
+SMALL_SECONDS = 0.05
+"""An item that takes longer gains little in company: its matrices are large enough for themselves."""
+
+
+class KeepsTensors(Protocol):
+    """A cache of tensors by key."""
+
+    def put(self, key: str, tensor: Tensor) -> None:
+        """Keeps a tensor."""
+
+
+class FrozenFeatures:
+    """Runs the frozen stretch of encoders without autograd, and keeps what a batch wants kept.
+
+    On a CPU the features of an item are those that it gives alone, bit for bit, without the padding of its batch. The same
+    shapes in the same places are computed by the same operations in the same order; but a matrix product of more rows may be
+    blocked in another way, and so rounds differently. Items of one shape are run together only in numbers for which a trial
+    with random numbers gave the same bits in each place as alone.
+
+    On an accelerator a batch is run as it is; where a cache is in use, items of one shape together. There the features depend
+    on the batch by rounding, with and without a cache.
+
+    Attributes:
+        cache: Where features are kept; None: nowhere.
+        num_read: Media whose features came from a cache.
+        num_encoded: Media whose features were computed.
+    """
+
+    def __init__(self) -> None:
+        self.cache: KeepsTensors | None = None
+        self.num_read = self.num_encoded = 0
+        self._trials: dict[tuple[object, ...], bool] = {}
+
+    @torch.no_grad()
+    def __call__(self, encoder: Encoder, media: MediaBatch) -> tuple[Tensor, Tensor | None]:
+        """The features of the unique items of a batch: features_NLD, and mask_NL (None: all real)."""
+        cached = media.get("cached")
+        if cached is None and media["media"].device.type != "cpu":
+            return encoder.features(media["media"], media["mask"])
+        new = self._encode(encoder, _split(media["media"], media["mask"]))
+        self.num_encoded += len(new)
+        if cached is None:
+            return pad_time(new)
+        for key, features_LD in zip(cached["keys"], new, strict=True):
+            if key and self.cache is not None:
+                self.cache.put(key, features_LD)
+        self.num_read += len(cached["features_N"]) - len(new)
+        encoded = iter(new)
+        return pad_time([next(encoded) if features_LD is None else features_LD for features_LD in cached["features_N"]])
+
+    def _encode(self, encoder: Encoder, items: Sequence[Tensor]) -> list[Tensor]:
+        """features_LD of each item."""
+        features: dict[int, Tensor] = {}
+        by_shape: dict[torch.Size, list[int]] = {}
+        for number, item in enumerate(items):
+            by_shape.setdefault(item.shape, []).append(number)
+        for numbers in by_shape.values():
+            while numbers:
+                size = self._size(encoder, items[numbers[0]], len(numbers))
+                together, numbers = numbers[:size], numbers[size:]
+                found = _run(encoder, torch.stack([items[number] for number in together]))
+                features |= dict(zip(together, found, strict=True))
+        return [features[number] for number in range(len(items))]
+
+    def _size(self, encoder: Encoder, item: Tensor, num_items: int) -> int:
+        """How many of `num_items` items of one shape are run together."""
+        if item.device.type != "cpu":
+            return num_items
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        way = (encoder, item.shape, item.dtype, torch.get_num_threads(), autocast)
+        for size in TOGETHER:
+            if size <= num_items:
+                if (*way, size) not in self._trials:
+                    self._trials[*way, size] = _same_together(encoder, item, size)
+                if self._trials[*way, size]:
+                    return size
+        return 1
+
+
+def _same_together(encoder: Encoder, item: Tensor, size: int) -> bool:
+    """Whether `size` random items like this one give the same bits together as alone; False also where that is no gain."""
+    if not item.is_floating_point():
+        return False
+    generator = torch.Generator().manual_seed(size)
+    noise = torch.randn(size, *item.shape, generator=generator).to(item.dtype)
+    alone: list[Tensor] = []
+    for example in noise:
+        start = time.perf_counter()
+        alone += _run(encoder, example[None].clone())
+        if time.perf_counter() - start > SMALL_SECONDS and len(alone) > 1:  # the first run also warms up
+            return False
+    together = _run(encoder, noise)
+    return all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def _run(encoder: Encoder, media: Tensor) -> list[Tensor]:
+    """features_LD of each of a few items of one shape."""
+    features_NLD, mask_NL = encoder.features(media)
+    return list(features_NLD) if mask_NL is None else [one[real] for one, real in zip(features_NLD, mask_NL, strict=True)]
+
+
+def _split(media: Tensor, mask_NT: Tensor | None) -> list[Tensor]:
+    """The items without their padding."""
+    if mask_NT is None:
+        return list(media)
+    return [item[:length] for item, length in zip(media, mask_NT.sum(1).tolist(), strict=True)]

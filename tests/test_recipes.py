@@ -1,0 +1,136 @@
+"""Every recipe and every overlay trains and validates, offline: tiny local parts take the place of those from the hub.
+
+A new recipe needs an entry in `RECIPES`; a new overlay one in `OVERLAYS`, if it brings parts of its own.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.lightning_modules.media_fakes import write_media_rows
+from train import main
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+
+Flags = dict[str, str]
+"""Options by name; `{siglip}` in a value is the folder of the tiny model of that family (the fixture `model_folder`), and
+`{sounds}` that of the rows of that name."""
+
+ROWS = {"sounds": "a", "clips": "v"}
+"""What is in each row of a folder of rows, as `write_media_rows` has it."""
+
+SHORT: Flags = {
+    "trainer.accelerator": "cpu",
+    "trainer.precision": "32-true",
+    "trainer.max_epochs": "1",
+    "trainer.limit_train_batches": "4",
+    "trainer.limit_val_batches": "1",
+    "trainer.val_check_interval": "1.0",
+    "trainer.check_val_every_n_epoch": "1",
+    "trainer.num_sanity_val_steps": "0",
+    "trainer.enable_progress_bar": "false",
+    "samples.num_samples": "1",
+    "data.batch_size": "2",
+    "data.eval_batch_size": "2",
+    "data.num_workers": "0",
+}
+"""An optimizer step of four batches, or four of one, then a validation."""
+
+IMAGES: Flags = {"data.train_path": "demo/tiny/train.jsonl", "data.media_root": "demo/tiny"}
+SIGLIP: Flags = {"model.language_model.name_or_path": "{llama}", "model.image_encoder.name_or_path": "{siglip}", **IMAGES}
+DEMO: Flags = {"model.language_model.name_or_path": "{llama}", **IMAGES, "data.val_path": "demo/tiny/val.jsonl"}
+DINOV2: Flags = {
+    "model.image_encoder.name_or_path": "{dinov2}",
+    "model.image_encoder.image_size": "32",
+    "model.image_encoder.layer": "2",
+}
+
+RECIPES: dict[str, Flags] = {
+    "tiny": {},
+    "demo": DEMO | DINOV2,
+    "image": SIGLIP,
+    "image_stage1": SIGLIP,
+    "audio": {
+        "model.language_model.name_or_path": "{llama}",
+        "model.audio_encoder.name_or_path": "{whisper}",
+        "data.train_path": "{sounds}/rows.jsonl",
+        "data.media_root": "{sounds}",
+        "data.val_fraction": "0.25",
+    },
+}
+"""What to replace in each recipe."""
+
+OVERLAYS: dict[str, tuple[str, Flags]] = {
+    "encoder/efficientnet": (
+        "demo",
+        DEMO | {"model.image_encoder.model_name": "test_efficientnet", "model.image_encoder.pretrained": "false"},
+    ),
+}
+"""The recipe under an overlay, and what to replace in the two; the other overlays come on top of `image`."""
+
+LEFT = {
+    "logger/csv": "csv/version_0/metrics.csv",
+    "logger/wandb": "wandb/offline-run-*/*.wandb",
+    "debug/profile": "csv/version_0/fit-profile.txt",
+}
+"""What an overlay must leave in the run folder."""
+
+OVERLAY_NAMES = sorted(
+    f"{path.parent.name}/{path.stem}" for path in CONFIGS.glob("*/*.yaml") if path.parent.name not in ("sft", "sweeps")
+)
+
+
+Train = Callable[[Sequence[str], Flags], Path]
+
+
+@pytest.fixture
+def train(tmp_path: Path, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Train:
+    """`train(["sft/image", "debug/fast"], flags)`: trains by the command line, and returns the run folder."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+    class Folders(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            if name not in ROWS:
+                return model_folder(name)
+            folder = tmp_path / name
+            if not folder.exists():
+                folder.mkdir()
+                write_media_rows(folder / "rows.jsonl", [ROWS[name]] * 12)
+            return folder
+
+    def run(configs: Sequence[str], flags: Flags) -> Path:
+        given = {"trainer.default_root_dir": str(tmp_path / "run"), **SHORT, **flags}
+        options = [f"--{name}={value.format_map(Folders())}" for name, value in given.items()]
+        cli = main(["fit", *(f"--config=configs/{config}.yaml" for config in configs), *options])
+        assert cli.trainer.global_step >= 1
+        assert math.isfinite(cli.trainer.callback_metrics["train/loss"])
+        assert math.isfinite(cli.trainer.callback_metrics["val/loss"])
+        (optimizer,) = cli.trainer.optimizers
+        assert {parameter for group in optimizer.param_groups for parameter in group["params"]} == set(optimizer.state)
+        return tmp_path / "run"
+
+    return run
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONFIGS / "sft").glob("*.yaml")))
+def test_a_recipe_trains(recipe: str, train: Train) -> None:
+    assert recipe in RECIPES, f"give tests/test_recipes.py an entry for configs/sft/{recipe}.yaml: what to replace in it"
+    folder = train([f"sft/{recipe}"], RECIPES[recipe])
+    assert (folder / "checkpoints/last.ckpt").is_file() and (folder / "samples.html").is_file()
+
+
+@pytest.mark.parametrize("overlay", OVERLAY_NAMES)
+def test_an_overlay_trains(overlay: str, train: Train) -> None:
+    recipe, flags = OVERLAYS.get(overlay, ("image", RECIPES["image"]))
+    folder = train([f"sft/{recipe}", overlay], flags)
+    assert overlay not in LEFT or list(folder.glob(LEFT[overlay]))
+
+
+def test_the_table_names_only_what_there_is() -> None:
+    assert set(RECIPES) == {path.stem for path in (CONFIGS / "sft").glob("*.yaml")}
+    assert {*OVERLAYS, *LEFT} <= set(OVERLAY_NAMES)
