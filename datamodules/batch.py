@@ -99,11 +99,14 @@ class Example:
 class CachedFeatures(TypedDict):
     """What a cache has, and is to get, of the features of a frozen encoder.
 
-    `features_N` holds them for each unique item, (L, D), None where it is to be encoded; `keys` tells under which keys the
-    features of those that are to be encoded are to be kept, an empty one: not at all.
+    `features_CLD` are those of the C items that it has, padded where `mask_CL` is False (None: nowhere), and `items` the numbers
+    of these items, ascending. `keys` tells of each other item, in order, under which key its features are to be kept; an empty
+    one: not at all.
     """
 
-    features_N: list[Tensor | None]
+    features_CLD: Tensor
+    mask_CL: Tensor | None
+    items: list[int]
     keys: list[str]
 
 

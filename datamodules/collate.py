@@ -89,8 +89,7 @@ def _stack_media(rows: Sequence[Sequence[MediaItem]], starts: Sequence[int]) -> 
             row_O.append(row)
             num_tokens_O.append(item.num_tokens)
             position_O.append(start + item.position)
-    new = [item for item in unique if not item.has_features]
-    padded, mask = pad_time([item.media for item in new]) if new else (torch.empty(0), None)
+    padded, mask = _pad([item.media for item in unique if not item.has_features])
     batch = MediaBatch(
         media=padded,
         mask=mask,
@@ -100,9 +99,18 @@ def _stack_media(rows: Sequence[Sequence[MediaItem]], starts: Sequence[int]) -> 
         position_O=torch.tensor(position_O),
     )
     if any(item.has_features or item.feature_key for item in unique):
-        features_N = [item.media if item.has_features else None for item in unique]
-        batch["cached"] = CachedFeatures(features_N=features_N, keys=[item.feature_key for item in new])
+        features_CLD, mask_CL = _pad([item.media for item in unique if item.has_features])
+        batch["cached"] = CachedFeatures(
+            features_CLD=features_CLD,
+            mask_CL=mask_CL,
+            items=[number for number, item in enumerate(unique) if item.has_features],
+            keys=[item.feature_key for item in unique if not item.has_features],
+        )
     return batch
+
+
+def _pad(items: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    return pad_time(items) if items else (torch.empty(0), None)
 
 
 def _stack_choices(examples: Sequence[Example]) -> Tensor:

@@ -62,9 +62,10 @@ class FrozenFeatures:
         for key, features_LD in zip(cached["keys"], new, strict=True):
             if key and self.cache is not None:
                 self.cache.put(key, features_LD)
-        self.num_read += len(cached["features_N"]) - len(new)
-        encoded = iter(new)
-        return pad_time([next(encoded) if features_LD is None else features_LD for features_LD in cached["features_N"]])
+        read = _split(cached["features_CLD"], cached["mask_CL"])
+        self.num_read += len(read)
+        known, others = dict(zip(cached["items"], read, strict=True)), iter(new)
+        return pad_time([known[number] if number in known else next(others) for number in range(len(read) + len(new))])
 
     def _encode(self, encoder: Encoder, items: Sequence[Tensor]) -> list[Tensor]:
         """features_LD of each item."""

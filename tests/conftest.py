@@ -266,9 +266,7 @@ def _pixels(generator: torch.Generator) -> Tensor:
     return torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
 
 
-def _example(
-    number: int, layout: Layout, media: dict[str, Tensor], placeholders: int, generator: torch.Generator
-) -> Example:
+def _example(number: int, layout: Layout, media: dict[str, Tensor], placeholders: int, generator: torch.Generator) -> Example:
     tokens: list[int] = []
     items: list[MediaItem] = []
     for piece in layout:

@@ -4,7 +4,8 @@ A new recipe needs an entry in `RECIPES`; a new overlay one in `OVERLAYS`, if it
 """
 
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ Flags = dict[str, str]
 """Options by name; `{siglip}` in a value is the folder of the tiny model of that family (the fixture `model_folder`), and
 `{sounds}` that of the rows of that name."""
 
-ROWS = {"sounds": "a", "clips": "v"}
+ROWS = {"pictures": "i", "clips": "v", "sounds": "a", "texts": ""}
 """What is in each row of a folder of rows, as `write_media_rows` has it."""
 
 SHORT: Flags = {
@@ -48,6 +49,16 @@ DINOV2: Flags = {
     "model.image_encoder.layer": "2",
 }
 
+
+def _source(name: str, rows: str) -> Flags:
+    option = f"data.sources.{name}"
+    return {
+        f"{option}.train_path": f"{{{rows}}}/rows.jsonl",
+        f"{option}.media_root": f"{{{rows}}}",
+        f"{option}.val_fraction": "0.25",
+    }
+
+
 RECIPES: dict[str, Flags] = {
     "tiny": {},
     "demo": DEMO | DINOV2,
@@ -59,6 +70,18 @@ RECIPES: dict[str, Flags] = {
         "data.train_path": "{sounds}/rows.jsonl",
         "data.media_root": "{sounds}",
         "data.val_fraction": "0.25",
+    },
+    "all": {
+        "model.language_model.name_or_path": "{llama}",
+        "model.image_encoder.name_or_path": "{siglip}",
+        "model.video_encoder.frames.name_or_path": "{siglip}",
+        "model.video_encoder.num_heads": "2",
+        "model.audio_encoder.name_or_path": "{whisper}",
+        **_source("images", "pictures"),
+        **_source("clips", "clips"),
+        **_source("speech", "sounds"),
+        **_source("text", "texts"),
+        "data.batch_size": "6",  # so that the one step has media of all kinds
     },
 }
 """What to replace in each recipe."""
@@ -87,7 +110,7 @@ Train = Callable[[Sequence[str], Flags], Path]
 
 
 @pytest.fixture
-def train(tmp_path: Path, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Train:
+def train(tmp_path: Path, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Train]:
     """`train(["sft/image", "debug/fast"], flags)`: trains by the command line, and returns the run folder."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -114,7 +137,11 @@ def train(tmp_path: Path, model_folder: Callable[[str], Path], monkeypatch: pyte
         assert {parameter for group in optimizer.param_groups for parameter in group["params"]} == set(optimizer.state)
         return tmp_path / "run"
 
-    return run
+    yield run
+    if "wandb" in sys.modules:
+        import wandb
+
+        wandb.finish()  # or the next logger would go on with this run
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONFIGS / "sft").glob("*.yaml")))

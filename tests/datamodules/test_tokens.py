@@ -90,9 +90,7 @@ def test_a_row_within_the_limit_is_left_alone() -> None:
 
 
 def test_cut_drops_the_end_and_counts_it() -> None:
-    assert limit_length(ROW, 4, [100], cut=True) == Encoded(
-        [100, 100, 5, 6], [IGNORE_INDEX] * 3 + [6], [[6]], 2, {100: [0]}
-    )
+    assert limit_length(ROW, 4, [100], cut=True) == Encoded([100, 100, 5, 6], [IGNORE_INDEX] * 3 + [6], [[6]], 2, {100: [0]})
 
 
 def test_a_medium_without_placeholders_is_not_cut_off() -> None:

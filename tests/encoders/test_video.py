@@ -133,7 +133,7 @@ def test_lora_on_the_frames(clip_folder: str) -> None:
 def test_padding_does_not_reach_running_statistics() -> None:
     states = []
     for num_padded in (0, 2):
-        frames = TimmEncoder(model_name="test_resnet", pretrained=False, tune=FULL)
+        frames = TimmEncoder(model_name="test_resnet", pretrained=False, image_size=64, tune=FULL)
         encoder = VideoEncoder(frames, num_layers=0)
         with torch.random.fork_rng():
             torch.manual_seed(3)

@@ -1,7 +1,8 @@
 """Runs with caches give the losses of runs without, bit for bit, and what is stale is never used."""
 
-import logging
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image, ImageOps
 from safetensors import safe_open
 
 from datamodules.augment import ImageAugment
@@ -86,8 +88,7 @@ def cached_files(options: CacheOptions) -> list[Path]:
     return list(Path(options.folder).rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("kind", ["clip", "cnn"])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("kind", "num_workers"), [("cnn", 0), ("clip", 2)])
 def test_a_run_with_a_feature_cache_is_the_run_without(fit: Fit, options: CacheOptions, kind: str, num_workers: int) -> None:
     def module(cache: CacheOptions | None) -> dict[str, Any]:
         cnn = {"image_encoder": TimmEncoder("efficientnet_lite0", pretrained=False, image_size=32, layer=2)}
@@ -203,13 +204,14 @@ def test_a_frozen_encoder_in_bfloat16_keeps_its_type(fit: Fit, options: CacheOpt
 def test_answers_and_samples_are_the_same(
     make_lit_module: Callable[..., MultiModalLitModule], rows: Path, tmp_path: Path, options: CacheOptions
 ) -> None:
-    def answers(cache: CacheOptions | None) -> tuple[list[str], list[str]]:
+    def answers(cache: CacheOptions | None) -> list[str]:
         torch.manual_seed(4)
         module = make_lit_module(feature_cache=cache)
-        data = make_data(module, rows)
-        predictions: Any = make_trainer(tmp_path).predict(module, data)
-        by_hand = [text for batch in batches(data, generate=True) for text in module.generate(batch)]
-        return [row["response"] for batch in predictions for row in batch], by_hand
+        predictions: Any = make_trainer(tmp_path).predict(module, make_data(module, rows))
+        by_hand = [text for batch in batches(make_data(module, rows), generate=True) for text in module.generate(batch)]
+        responses = [row["response"] for batch in predictions for row in batch]
+        assert by_hand == responses
+        return responses
 
     plain = answers(None)
     assert answers(options) == plain and answers(options) == plain
@@ -223,7 +225,7 @@ class TestEncoderHash:
         return encoder
 
     def test_it_is_the_same_for_the_same_encoder(self, tiny_clip: Path) -> None:
-        one, other = self.encoder(tiny_clip), self.encoder(tiny_clip, tune=Tune(mode="frozen", lr=0.1))
+        one, other = self.encoder(tiny_clip), self.encoder(tiny_clip)
         other.train()
         other(torch.zeros(1, 3, 32, 32))
         assert encoder_hash(one) == encoder_hash(other)
@@ -251,9 +253,6 @@ class TestEncoderHash:
         assert encoder_hash(self.encoder(tiny_clip)) != encoder_hash(self.encoder(tiny_clip, **change))
 
     def test_the_configuration_counts_though_the_weights_are_the_same(self, tiny_clip: Path, tmp_path: Path) -> None:
-        import json
-        import shutil
-
         folder = tmp_path / "clip"
         shutil.copytree(tiny_clip, folder)
         before = encoder_hash(self.encoder(folder))
@@ -275,30 +274,19 @@ class TestEncoderHash:
         assert len({str(way) for way in ways}) == 4
 
 
-def test_a_changed_picture_is_seen_though_its_size_and_time_stay(
-    fit: Fit, options: CacheOptions, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_changed_picture_is_seen_though_its_size_and_time_stay(fit: Fit, options: CacheOptions, tmp_path: Path) -> None:
     own = write_rows(tmp_path / "own.jsonl", 4)
+    for path in tmp_path.glob("own-*.png"):
+        Image.open(path).save(path, format="bmp")  # as many bytes for any picture of a size
     data = {name: str(own) for name in ("train_path", "val_path")}
-    cached = {"module": {"feature_cache": options}, "media_cache": options}
+    cached: dict[str, Any] = {"module": {"feature_cache": options}, "media_cache": options}
     first = fit(**data, **cached)
     for path in tmp_path.glob("own-*.png"):
-        status, content = path.stat(), path.read_bytes()
-        _change_pixel(path)
-        changed = path.read_bytes()
-        assert changed != content
-        path.write_bytes(changed.ljust(len(content), b"\0")[: len(content)] if len(changed) <= len(content) else changed)
+        status = path.stat()
+        ImageOps.invert(Image.open(path)).save(path, format="bmp")
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with caplog.at_level(logging.WARNING):
-        again = fit(**data, **cached)
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    again = fit(**data, **cached)
     assert again.num_encoded == first.num_encoded == 4
     assert again.losses != first.losses
     assert_same(again, fit(**data))
-
-
-def _change_pixel(path: Path) -> None:
-    from PIL import Image
-
-    image = Image.open(path).convert("RGB")
-    image.putpixel((5, 5), tuple(255 - value for value in image.getpixel((5, 5))))
-    image.save(path)
