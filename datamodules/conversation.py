@@ -177,9 +177,7 @@ def _fill_placeholders(contents: list[list[Piece]], listed: dict[Modality, list[
                 f"write one <{modality}> for each, where it belongs in a user message"
             )
     rest = {modality: iter(listed[modality]) for modality in MODALITIES}
-    return [
-        tuple(next(rest[piece]) if isinstance(piece, str) else piece for piece in content) for content in contents
-    ]
+    return [tuple(next(rest[piece]) if isinstance(piece, str) else piece for piece in content) for content in contents]
 
 
 def _read_choices(row: Row, messages: tuple[Message, ...]) -> tuple[str, ...]:

@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from datamodules.batch import MODALITIES, Example, MediaItem, Modality, RowError
 from datamodules.cached_media import FeatureStore
@@ -14,37 +14,12 @@ from datamodules.conversation import Message, Sample, Text
 from datamodules.fingerprint import fingerprint
 from datamodules.parts import EncoderLike, FusionLike, ProjectorLike, media_item, num_features, part_from_spec
 from datamodules.processor_files import DESCRIPTION, as_folder, read_files, tokenizer_files, write_files
+from datamodules.prompt_options import PromptOptions
 from datamodules.template import ConversationError
 from datamodules.tokens import Encoded, Tokens, expand, limit_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-@dataclass(frozen=True)
-class PromptOptions:
-    """How a conversation becomes tokens.
-
-    Args:
-        chat_template: None: the tokenizer's own; "plain": one for base models, which have none; or the path of a
-            .jinja file.
-        system: A system message for rows that have none.
-        max_length: Most tokens a row may have, media included.
-        on_too_long: What happens to a longer row: "skip" refuses it; "cut" drops tokens at its end, but never a medium
-            or the whole answer.
-    """
-
-    chat_template: str | None = None
-    system: str | None = None
-    max_length: int = 2048
-    on_too_long: Literal["skip", "cut"] = "skip"
-
-    def __post_init__(self) -> None:
-        template = self.chat_template
-        if template is not None and template != "plain" and not template.endswith(".jinja"):
-            raise ValueError(f"prompt.chat_template is null, plain, or the path of a .jinja file, got {template!r}")
-        if self.max_length < 1:
-            raise ValueError(f"prompt.max_length is a number of tokens, at least 1, got {self.max_length}")
 
 
 class Processor:

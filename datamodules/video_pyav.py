@@ -111,7 +111,8 @@ class _Place:
         """
         import av
 
-        for goal in (time, *range(time - self.second, self.first, -4 * self.second), self.first, 0):
+        earlier = [max(time - seconds * self.second, self.first) for seconds in (0, 1, 4, 16, 64)]
+        for goal in (*earlier, self.first, 0):
             try:
                 self.container.seek(goal, stream=self.stream)
             except av.FFmpegError:  # some containers know no place before the first one in their index

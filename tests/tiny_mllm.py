@@ -1,4 +1,4 @@
-"""Tiny ready multimodal models with their processors, in folders: random weights, true special tokens, faithful chat templates."""
+"""Tiny ready multimodal models with their processors, in folders: random weights, true special tokens, faithful templates."""
 
 from collections.abc import Callable
 from pathlib import Path
