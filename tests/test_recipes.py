@@ -71,6 +71,13 @@ RECIPES: dict[str, Flags] = {
         "data.media_root": "{sounds}",
         "data.val_fraction": "0.25",
     },
+    "video": {
+        "model.language_model.name_or_path": "{llama}",
+        "model.video_encoder.frames.name_or_path": "{siglip}",
+        "data.train_path": "{clips}/rows.jsonl",
+        "data.media_root": "{clips}",
+        "data.val_fraction": "0.25",
+    },
     "all": {
         "model.language_model.name_or_path": "{llama}",
         "model.image_encoder.name_or_path": "{siglip}",
