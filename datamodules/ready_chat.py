@@ -34,10 +34,15 @@ class ReadyChat(ChatTokenizer):
     Args:
         ready: The model's processor.
         name: What errors call it.
+
+    Raises:
+        ValueError: The model takes no media, or not by placeholders.
     """
 
     def __init__(self, ready: "ProcessorMixin", name: str) -> None:
         self.preparers = {modality: part for modality in MODALITIES if (part := _preparer(ready, modality)) is not None}
+        if not self.preparers:
+            raise ValueError(f"{type(ready).__name__} of {name!r} marks no media by a token of their own: it is not supported")
         super().__init__(ready.tokenizer, name, {modality: vars(ready)[f"{modality}_token"] for modality in self.preparers})
         self.ready = ready
         self.replacements: Mapping[Modality, Sequence[str]] = {}
@@ -70,7 +75,7 @@ class ReadyChat(ChatTokenizer):
         grown = [(found["span"][1], found["new_span"][1] - found["span"][1]) for found in (offsets[0] if offsets else [])]
 
         def moved(place: int) -> int:
-            return place + max((growth for end, growth in grown if end <= place), key=abs, default=0) if grown else place
+            return place + next((growth for end, growth in reversed(grown) if end <= place), 0)
 
         answers = tuple(
             replace(answer, start=moved(answer.start), content=(moved(answer.content[0]), moved(answer.content[1])))
