@@ -17,7 +17,8 @@ import encoders.projectors
 import encoders.resampler
 import encoders.video  # noqa: F401
 import models.cross_attention
-import models.language  # noqa: F401
+import models.language
+import models.pretrained  # noqa: F401
 from datamodules.loading import RowDataModule
 from lightning_modules.callbacks import FirstStepCheck, PartTable, PredictionWriter, RunSummary, Throughput
 from lightning_modules.cli import OmniLitCLI, quiet_lightning, show_user_errors

@@ -2,7 +2,8 @@
 
 Headers of containers are rounded, estimated or missing. So the length of a sound is taken from its packets, which are read
 without decoding them (about 3 microseconds each), and what is decoded is cut or padded with silence to that length:
-at most `_MAX_DIFFERENCE` samples, since codecs fill their last frame; more is an error.
+at most `_MAX_DIFFERENCE` samples, since codecs fill their last frame; more is an error. A file that was cut off is told by what
+its container claims; a plain stream (AAC, MP3 without a count, FLAC in Ogg) that ends between two frames looks whole.
 
 Shape suffixes: S samples.
 """

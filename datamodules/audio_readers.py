@@ -29,8 +29,8 @@ _NUMBERS_AT_ONCE = 1 << 26
 
 _WITHOUT_JUMPS = frozenset({"MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III", "VORBIS"})
 """Codings in which libsndfile lands beside its goal (MP3 of variable bit rate, the last page of Vorbis). soundfile jumps after
-each read, so they are read at once and from the start, at some 500 times the speed of sound; FFmpeg reads those that are too
-long for that. Long recordings of which many parts are taken are better kept as FLAC or WAV."""
+each read, so they are read at once and from the start, some 500 seconds of sound in one; FFmpeg reads those that are too long
+for that. Long recordings of which many parts are taken are better kept as FLAC or WAV."""
 
 _MAX_MISSING_MP3 = 1152
 """Samples of a frame of MP3: the last one may be missing."""

@@ -3,17 +3,20 @@
 import hashlib
 import math
 import random
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
 
-class Augment(Protocol):
-    """A random change of decoded media of one kind."""
+@dataclass(frozen=True)
+class Augment:
+    """A random change of decoded media of one kind: a frozen dataclass, as its subclasses, whose fields are then options."""
 
     @property
+    @abstractmethod
     def is_random(self) -> bool:
         """False where every change is off."""
 
@@ -22,6 +25,7 @@ class Augment(Protocol):
         """Whether decoding draws the frames of a clip at random, too; here not."""
         return False
 
+    @abstractmethod
     def __call__(self, decoded: Any, generator: random.Random, /) -> Any:
         """Changes a medium; what it was given stays as it is."""
 

@@ -6,7 +6,7 @@ K choices.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -48,6 +48,13 @@ class RowError(ValueError):
         return f"{self.origin}: {self.reason}"
 
 
+class FeatureKey(NamedTuple):
+    """Under which key a cache keeps the features of a medium, and how many its encoder makes of it in the end."""
+
+    key: str
+    num_features: int
+
+
 @dataclass
 class MediaItem:
     """One transformed medium of a row.
@@ -58,7 +65,7 @@ class MediaItem:
         num_tokens: Placeholders it occupies in the row's tokens; 0 where the fusion keeps media out of the row.
         position: Where it stands in the row's tokens: the index of its first placeholder, or else of the token after it.
         has_features: Whether a frozen encoder has nothing to do for it any more.
-        feature_key: Under which a cache keeps the features once they are there; empty: not at all.
+        feature_key: Under which a cache keeps the features once they are there; None: not at all.
     """
 
     key: str
@@ -66,7 +73,7 @@ class MediaItem:
     num_tokens: int
     position: int
     has_features: bool = False
-    feature_key: str = ""
+    feature_key: FeatureKey | None = None
 
 
 @dataclass
@@ -83,6 +90,8 @@ class Example:
         prompt: The last user message as text, for tables and predictions.
         reference: The last answer as text; empty if the row has none.
         num_dropped_tokens: Tokens that `max_length` cut off.
+        inputs: What a ready model reads of the row's media, by modality and name of its argument; its items then hold nothing.
+        token_types: For a ready model the kind of each token: 0 text, 1 image, 2 video, 3 audio.
     """
 
     origin: Origin
@@ -94,20 +103,22 @@ class Example:
     prompt: str = ""
     reference: str = ""
     num_dropped_tokens: int = 0
+    inputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    token_types: list[int] | None = None
 
 
 class CachedFeatures(TypedDict):
     """What a cache has, and is to get, of the features of a frozen encoder.
 
     `features_CLD` are those of the C items that it has, padded where `mask_CL` is False (None: nowhere), and `items` the numbers
-    of these items, ascending. `keys` tells of each other item, in order, under which key its features are to be kept; an empty
-    one: not at all.
+    of these items, ascending. `keys` tells of each other item, in order, under which key its features are to be kept; None: not
+    at all.
     """
 
     features_CLD: Tensor
     mask_CL: Tensor | None
     items: list[int]
-    keys: list[str]
+    keys: list[FeatureKey | None]
 
 
 class MediaBatch(TypedDict):
@@ -119,6 +130,9 @@ class MediaBatch(TypedDict):
 
     Where a cache of features is in use, `cached` is there, and `media` and `mask` hold only those of the N items that are to
     be encoded, in their order; a batch without such an item has an empty `media`.
+
+    For a ready model `media` is empty. `inputs` has what it reads of the media of a row, by the name of its argument, under the
+    numbers of the row's items in order.
     """
 
     media: Tensor
@@ -128,6 +142,7 @@ class MediaBatch(TypedDict):
     num_tokens_O: Tensor
     position_O: Tensor
     cached: NotRequired[CachedFeatures]
+    inputs: NotRequired[dict[tuple[int, ...], dict[str, Tensor]]]
 
 
 class Batch(TypedDict):
@@ -137,7 +152,7 @@ class Batch(TypedDict):
     `choices_SK` holds, for each supervised position in row-major order, the ids among which a closed-set answer is
     chosen, padded with -1; a row of -1 means that the answer is open. `num_tokens` counts the tokens that are not padding,
     `num_supervised` the labels with a loss that have a token before them in their row: plain numbers, for which no one
-    has to wait for a device.
+    has to wait for a device. `token_types_BT`, for a ready model, tells text (0) from image (1), video (2) and audio (3).
     """
 
     tokens_BT: Tensor
@@ -153,6 +168,7 @@ class Batch(TypedDict):
     image: NotRequired[MediaBatch]
     video: NotRequired[MediaBatch]
     audio: NotRequired[MediaBatch]
+    token_types_BT: NotRequired[Tensor]
 
 
 def pad_time(items: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -46,8 +46,8 @@ def media_settings(modality: Modality, transform: Any, limits: MediaLimits) -> s
         ValueError: The settings of the transform cannot be read.
     """
     own_limits = dataclasses.asdict(limits)[modality]
-    modules = {"datamodules.media", *(kind.__module__ for kind in _classes(transform))}
-    return hash_of(modality, describe(transform), own_limits, code_of(*sorted(modules)), versions())
+    code = code_of("datamodules.media", *sorted(_modules(transform)))
+    return hash_of(modality, describe(transform), own_limits, code, versions())
 
 
 def describe(value: Any) -> Any:
@@ -63,7 +63,7 @@ def describe(value: Any) -> Any:
             return [describe(item) for item in value]
         case Mapping():
             return [[describe(key), describe(item)] for key, item in value.items()]
-        case FunctionType() | type():
+        case FunctionType() | type() if isinstance(value, type) or value.__closure__ is None:
             return f"{value.__module__}.{value.__qualname__}"
         case np.ndarray() | Tensor():
             array = np.ascontiguousarray(value)
@@ -71,19 +71,21 @@ def describe(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = {field.name: describe(vars(value)[field.name]) for field in dataclasses.fields(value)}
         return [describe(type(value)), fields]
+    kind = value.__qualname__ if isinstance(value, FunctionType) else describe(type(value))
     raise ValueError(
-        f"nothing is cached of what {describe(type(value))} makes, since its settings cannot be read: make it a dataclass whose "
-        "fields are its options, or set the cache to null"
+        f"nothing can be cached of what {kind} makes, since its settings cannot be read: make it a dataclass whose fields are "
+        "its options, or set the cache to null"
     )
 
 
-def _classes(value: Any) -> set[type]:
-    """The classes of dataclasses, and of those in their fields."""
+def _modules(value: Any) -> set[str]:
+    """Where the code of a function, a class, or a dataclass and what is in its fields stands."""
+    if isinstance(value, FunctionType | type):
+        return {value.__module__}
     if not dataclasses.is_dataclass(value):
         return set()
-    nested = [_classes(vars(value)[field.name]) for field in dataclasses.fields(value)]
-    own = {kind for kind in inspect.getmro(type(value)) if kind is not object}
-    return own.union(*nested)
+    own = {kind.__module__ for kind in inspect.getmro(type(value))}
+    return own.union(*(_modules(vars(value)[field.name]) for field in dataclasses.fields(value)))
 
 
 @cache
@@ -109,8 +111,8 @@ def _own_file(module: str) -> Path | None:
     """The source of a module that is neither installed nor of Python itself."""
     if module == "__main__":
         raise ValueError(
-            "nothing is cached of what a class in the running script or notebook makes, since a change of it would go unnoticed: "
-            "move the class into a module of its own, or set the cache to null"
+            "nothing can be cached of what a class in the running script or notebook makes, since a change of it would go "
+            "unnoticed: move the class into a module of its own, or set the cache to null"
         )
     try:
         top = importlib.util.find_spec(module.partition(".")[0])

@@ -61,7 +61,20 @@ def collate(items: Sequence[Example | RowError], pad_id: int, side: Literal["lef
         rows = [example.media.get(modality, []) for example in examples]
         if any(rows):
             batch[modality] = _stack_media(rows, starts)
+            inputs = {row: example.inputs[modality] for row, example in enumerate(examples) if modality in example.inputs}
+            if inputs:
+                batch[modality]["inputs"] = {_items_of(batch[modality], row): values for row, values in inputs.items()}
+    if any(example.token_types is not None for example in examples):
+        token_types_BT = torch.zeros(shape, dtype=torch.long)
+        for row, (example, start) in enumerate(zip(examples, starts, strict=True)):
+            types = example.token_types or []
+            token_types_BT[row, start : start + len(types)] = torch.tensor(types, dtype=torch.long)
+        batch["token_types_BT"] = token_types_BT
     return batch
+
+
+def _items_of(media: MediaBatch, row: int) -> tuple[int, ...]:
+    return tuple(media["item_O"][media["row_O"] == row].tolist())
 
 
 def _describe(example: Example) -> dict[str, Any]:

@@ -1,13 +1,9 @@
 """Rows of a JSONL file as examples: media found, decoded, augmented and put through the model's processor."""
 
 import logging
-from abc import abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-from torch.utils.data import Dataset
 
 from datamodules.augment import Augment, rng
 from datamodules.batch import MODALITIES, Example, Modality, RowError
@@ -21,95 +17,10 @@ from datamodules.media import Decoded, MediaLimits, decode, media_key, probe
 from datamodules.parts import Prepared
 from datamodules.processor import Processor
 from datamodules.prompt_template import PromptTemplate
+from datamodules.row_dataset import RowDataset, RowKey
 from datamodules.sources import MediaError, MediaRoot
 
 log = logging.getLogger(__name__)
-
-
-class RowKey(NamedTuple):
-    """A row, and how often it has come before: what an example, augmentation included, is a pure function of.
-
-    The second is the epoch, where each epoch has each row once; in a mixture it is the pass over the rows of the source.
-    """
-
-    row: int
-    epoch: int
-
-
-class RowDataset(Dataset[Example]):
-    """Rows as examples, from one file or several.
-
-    `dataset[i]` is the example of row i, or raises a `RowError` that names file, line and reason. A loader asks for
-    whole batches (`__getitems__`) and gets such errors beside the examples, so that one bad row costs one row.
-
-    Attributes:
-        processor: The model's own; turns samples into examples.
-        generate: Whether examples end where the answer begins.
-    """
-
-    processor: Processor
-    generate: bool
-
-    @property
-    @abstractmethod
-    def sources(self) -> "Sequence[MultiModalDataset]":
-        """The files that the rows come from, in the order of the rows."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of rows."""
-
-    @abstractmethod
-    def __getitem__(self, key: int | RowKey) -> Example:
-        """The example of a row.
-
-        Raises:
-            RowError: The row cannot be used.
-        """
-
-    @abstractmethod
-    def sample(self, row: int) -> Sample:
-        """Row number `row` as a sample, without its media.
-
-        Raises:
-            RowError: The row is malformed.
-        """
-
-    @abstractmethod
-    def num_tokens(self, row: int) -> int:
-        """Length of the example of a row, without augmentation, from its text and the headers of its media alone.
-
-        Raises:
-            RowError: The row cannot be used.
-        """
-
-    @abstractmethod
-    def decode(self, sample: Sample, key: RowKey | None = None) -> dict[Modality, list[tuple[str, Decoded]]]:
-        """Decoded media of a sample by modality, each with a key of its content.
-
-        Args:
-            sample: The row.
-            key: The row in an epoch, from which random augmentation is drawn; None: without augmentation.
-
-        Raises:
-            RowError: A medium is missing, corrupt, or over a limit; or the model takes none of its kind.
-        """
-
-    def __getitems__(self, keys: Sequence[int | RowKey]) -> list[Example | RowError]:
-        items: list[Example | RowError] = []
-        for key in keys:
-            try:
-                items.append(self[key])
-            except RowError as error:
-                items.append(error)
-        return items
-
-    def in_turn(self) -> Iterator[int]:
-        """Row numbers, one of each source in turn: the first few are a look at all of them."""
-        sizes = [len(source) for source in self.sources]
-        starts = [sum(sizes[:place]) for place in range(len(sizes))]
-        for place in range(max(sizes)):
-            yield from (start + place for start, size in zip(starts, sizes, strict=True) if place < size)
 
 
 class MultiModalDataset(RowDataset):
@@ -169,10 +80,14 @@ class MultiModalDataset(RowDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def row_of(self, line: int) -> int | None:
+        """The number of the row that stands in a line of the file, counted from 1; None: it is none of these rows."""
+        row = bisect_left(self.rows, line, key=self._line)
+        return row if row < len(self.rows) and self._line(self.rows[row]) == line else None
+
     def has_line(self, line: int) -> bool:
         """Whether a line of the file, counted from 1, is one of these rows."""
-        row = bisect_left(self.rows, line, key=self._line)
-        return row < len(self.rows) and self._line(self.rows[row]) == line
+        return self.row_of(line) is not None
 
     def _line(self, row: int) -> int:
         return self.file.origin(row).line
@@ -230,6 +145,10 @@ class MultiModalDataset(RowDataset):
         Raises:
             ValueError: A cache cannot be used.
         """
+        if not self.processor.takes_prepared:
+            if media_cache is not None or self.processor.features is not None:
+                log.warning("%s: a ready model prepares the media of a row together, so they are not cached", self.file.path)
+            return
         media = None if media_cache is None else media_cache.open()
         features = None if self.processor.features is None else self.processor.features()
         if media is None and features is None:
@@ -241,7 +160,7 @@ class MultiModalDataset(RowDataset):
                 log.warning("%s: %s media change at random from epoch to epoch, so they are not cached", self.file.path, modality)
             elif media is not None or (features is not None and modality in features.encoders):
                 settings[modality] = media_settings(modality, encoder.transform, self.limits)
-        self.cached = CachedMedia(self.media_root, settings, media, features)
+        self.cached = CachedMedia(self.media_root, self.limits, settings, media, features)
 
     def _look_up(self, medium: Media, sample: Sample, key: RowKey, place: int) -> tuple[str, Decoded | Prepared]:
         """A medium with a key of its content, from the caches if it may come from there."""

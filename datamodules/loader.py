@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from datamodules.batch import MODALITIES, Batch, Example, Modality, RowError
 from datamodules.cache import CacheOptions
 from datamodules.collate import collate
-from datamodules.dataset import RowDataset
+from datamodules.row_dataset import RowDataset
 from datamodules.sampler import GlobalBatches, Portion, RowSampler
 from datamodules.skipped import SkippedRows
 
@@ -101,7 +101,7 @@ class RowLoader:
     def source_counts(self) -> dict[str, dict[str, int]]:
         """The rows of `row_counts` by the name of their source."""
         counts: dict[str, dict[str, int]] = {}
-        for name, rows in zip(self.portions, self.batches.num_rows(), strict=True):
+        for name, rows in zip(self.portions, map(len, self.batches.own_rows(len(self))), strict=True):
             trained, skipped = (self.counts[_key(kind, name)] for kind in ("trained", "skipped"))
             counts[name] = {"rows": rows, "trained": trained, "skipped": skipped, "not_reached": rows - trained - skipped}
         return counts
@@ -196,7 +196,17 @@ class StatefulLoader(RowLoader):
             )
         self.rows.go_to(state["epoch"], state["batch"])
         self.counts = Counter(state["counts"])
+        if self.batches.rank > 0:
+            self._recount()
         self._before = None
+
+    def _recount(self) -> None:
+        """Counts the rows before the place once more: a checkpoint has the counts of the first process alone."""
+        for source, rows_R in zip(self.dataset.sources, self.batches.own_rows(self.rows.batch), strict=True):
+            named = [row for line in self.skipped[source.name].named_lines() if (row := source.row_of(line)) is not None]
+            skipped = int(torch.isin(rows_R, torch.tensor(named, dtype=rows_R.dtype)).sum())
+            self.counts[_key("skipped", source.name)] = skipped
+            self.counts[_key("trained", source.name)] = len(rows_R) - skipped
 
     def _account(self, batch: Batch) -> None:
         if self.progress is not None:

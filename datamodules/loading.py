@@ -14,11 +14,12 @@ from datamodules.augment import Augment
 from datamodules.batch import Batch, Example, Modality, RowError
 from datamodules.cache import CacheOptions
 from datamodules.collate import collate
-from datamodules.dataset import MultiModalDataset, RowDataset
+from datamodules.dataset import MultiModalDataset
 from datamodules.jsonl import JsonlFile
 from datamodules.loader import Progress, RowLoader, StatefulLoader
 from datamodules.mixture_dataset import MixtureDataset
 from datamodules.processor import Processor
+from datamodules.row_dataset import RowDataset
 from datamodules.skipped import SkippedRows
 from datamodules.source import Source, Split, check_option, source_option
 from datamodules.split import Rows, hold_out_rows

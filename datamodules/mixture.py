@@ -26,8 +26,8 @@ class MixtureDataModule(RowDataModule):
         if not sources:
             raise ValueError("data.sources is empty: name at least one source, such as {web: {train_path: web.jsonl}}")
         for name, source in sources.items():
-            if not re.fullmatch(r"[\w.-]+", name):
-                raise ValueError(f"data.sources has the name {name!r}: a name is of letters, digits, and . _ -, at least one")
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"data.sources has the name {name!r}: a name is of letters, digits, _ and -, at least one")
             source.check(name)
             _check_paths(name, source, list(sources))
         self._sources = dict(sources)
@@ -43,13 +43,13 @@ class MixtureDataModule(RowDataModule):
 
 def _check_paths(name: str, source: Source, names: list[str]) -> None:
     option = source_option(name)
-    if source.train_path is None and (source.weight != 1 or source.val_fraction > 0):
-        raise ValueError(
-            f"{option} has no train_path, but a weight or a val_fraction, which take a part of the training rows: set "
-            f"{option}.train_path, or leave the others out"
-        )
     if all(source.path(split) is None for split in SPLITS):
         raise ValueError(
             f"{option} has no file: set {option}.train_path, val_path, test_path or predict_path. The sources are "
             f"{', '.join(names)}; a flag with another name begins a new one"
+        )
+    if source.train_path is None and (source.weight != 1 or source.val_fraction > 0):
+        raise ValueError(
+            f"{option} has no train_path, but a weight or a val_fraction, which take a part of the training rows: set "
+            f"{option}.train_path, or leave the others out"
         )

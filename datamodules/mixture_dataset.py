@@ -6,8 +6,9 @@ from itertools import accumulate
 
 from datamodules.batch import Example, Modality
 from datamodules.conversation import Sample
-from datamodules.dataset import MultiModalDataset, RowDataset, RowKey
+from datamodules.dataset import MultiModalDataset
 from datamodules.media import Decoded
+from datamodules.row_dataset import RowDataset, RowKey
 
 
 class MixtureDataset(RowDataset):

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor
 
-from datamodules.batch import MediaItem
+from datamodules.batch import FeatureKey, MediaItem
 
 
 class EncoderLike(Protocol):
@@ -58,15 +58,15 @@ class Prepared:
 
     Args:
         tensor: What the encoder's transform gave, or the features that the encoder gave, (L, D).
-        num_features: Features that it becomes.
+        num_features: How many features the encoder makes of it in the end.
         has_features: Whether the tensor is the features.
-        feature_key: Under which its features are to be kept once they are there; empty: not at all.
+        feature_key: Under which its features are to be kept once they are there; None: not at all.
     """
 
     tensor: Tensor
     num_features: int
     has_features: bool = False
-    feature_key: str = ""
+    feature_key: FeatureKey | None = None
 
 
 def num_features(medium: Any, encoder: EncoderLike) -> int:

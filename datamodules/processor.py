@@ -35,9 +35,14 @@ class Processor:
         projectors: The model's projector of each modality; it need not be built.
         fusion: The model's fusion; None: each embedding of a medium takes the place of one token.
 
+    Attributes:
+        takes_prepared: Whether it takes single media that are transformed already, such as a cache has.
+
     Raises:
         ValueError: A modality has an encoder but no projector, or the other way round.
     """
+
+    takes_prepared = True
 
     def __init__(
         self,
@@ -118,10 +123,7 @@ class Processor:
             ValueError: The tokenizer or the chat template cannot be used.
         """
         self.check_media(sample)
-        for modality in MODALITIES:
-            got, expected = len(num_tokens.get(modality, ())), len(sample.media(modality))
-            if got != expected:
-                raise ValueError(f"{sample.origin}: expected the {modality} of {expected} places in the row, got {got}")
+        self._check_places(sample, num_tokens)
         try:
             tokens = self._tokens(self.chat, sample, generate)
             counts = {self.chat.media_ids[modality]: nums for modality, nums in num_tokens.items()}
@@ -240,6 +242,12 @@ class Processor:
     def __reduce__(self) -> tuple[Any, ...]:
         # a loader worker gets what the parts are, not the weights that they may have by then
         return type(self).from_files, (self.files(),)
+
+    def _check_places(self, sample: Sample, given: Mapping[Modality, Sequence[Any]]) -> None:
+        for modality in MODALITIES:
+            got, expected = len(given.get(modality, ())), len(sample.media(modality))
+            if got != expected:
+                raise ValueError(f"{sample.origin}: expected the {modality} of {expected} places in the row, got {got}")
 
     def _tokens(self, tokenizer: ChatTokenizer, sample: Sample, generate: bool) -> Tokens:
         """A sample as the tokenizer writes it, and what is learnt of it."""

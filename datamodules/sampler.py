@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from datamodules.dataset import RowKey
+from datamodules.row_dataset import RowKey
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,13 @@ class GlobalBatches(Sampler[list[RowKey]]):
     def __len__(self) -> int:
         return -(-len(self.sampler) // self.global_size)
 
-    def num_rows(self) -> list[int]:
-        """Rows of an epoch that this rank gets of each source."""
-        ends = torch.tensor([portion.num_rows for portion in self.sampler.portions]).cumsum(0)
-        rows_R = self.sampler.order()[self.rank :: self.world_size, 0]  # as below: a batch begins at a multiple of world_size
-        return torch.bucketize(rows_R.contiguous(), ends, right=True).bincount(minlength=len(ends)).tolist()
+    def own_rows(self, num_batches: int) -> list[Tensor]:
+        """Which rows of each source this rank gets in the first batches of the epoch at hand, by their number in the source."""
+        num_rows = [portion.num_rows for portion in self.sampler.portions]
+        # as below, since each batch begins at a multiple of world_size
+        rows_R = self.sampler.order()[: num_batches * self.global_size, 0][self.rank :: self.world_size]
+        source_R = torch.bucketize(rows_R.contiguous(), torch.tensor(num_rows).cumsum(0), right=True)
+        return [rows_R[source_R == source] - sum(num_rows[:source]) for source in range(len(num_rows))]
 
     def __iter__(self) -> Iterator[list[RowKey]]:
         size, order_R2 = self.global_size, self.sampler.order()

@@ -59,6 +59,11 @@ class SkippedRows:
         """Rows that were skipped so far."""
         return len(self._met)
 
+    def named_lines(self) -> list[int]:
+        """Lines of these rows that were named so far, by any process, in this run of the program or before it was resumed."""
+        own = self.data_path, self.source
+        return [origin.line for origin in self._named if (origin.file, origin.source) == own]
+
     def add(self, errors: Sequence[RowError]) -> None:
         """Names rows.
 

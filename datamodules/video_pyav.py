@@ -1,7 +1,7 @@
 """Frames by PyAV. Shape suffixes: F frames, H height, W width."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from datamodules.video_reader import Frames
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -38,8 +39,8 @@ def read_by_pyav(video: VideoFile, header: VideoHeader, times: Sequence[float]) 
         place = _Place(video, container, stream, first=round(header.start / unit))
         before: VideoFrame | None = None
         for time in times:
-            frame, ticks = place.frame_at(math.floor((header.start + time + TOLERANCE) / unit))
-            shown.append(ticks * unit - header.start)
+            frame = place.frame_at(math.floor((header.start + time + TOLERANCE) / unit))
+            shown.append(time_of(frame, video) * unit - header.start)
             if place.after is None:
                 check_end(video, time, header.seconds, shown[-1] + (frame.duration or 0) * unit)
             pixels.append(pixels[-1] if frame is before else _pixels(frame, video, header))
@@ -54,7 +55,7 @@ def _count(video: VideoFile, header: VideoHeader, times: Sequence[float]) -> Fra
     wanted = set(numbers_F.tolist())
     kept: dict[int, NDArray[np.uint8]] = {}
     with video.open() as (container, stream):
-        for number, frame in enumerate(container.decode(stream)):
+        for number, frame in enumerate(_whole(container.decode(stream), video)):
             if number in wanted:
                 kept[number] = _pixels(frame, video, header)
             if len(kept) == len(wanted):
@@ -81,28 +82,28 @@ class _Place:
         self.shown: VideoFrame | None = None
         self.after: VideoFrame | None = None
 
-    def frame_at(self, time: int) -> "tuple[VideoFrame, int]":
-        """The frame that is shown at a time, not before that of the last call; and since when it is shown.
+    def frame_at(self, time: int) -> "VideoFrame":
+        """The frame that is shown at a time, not before that of the last call.
 
         Raises:
             MediaError: There is none, or it is damaged.
         """
         if self._is_jump_worth(time):
             self._jump(time)
-        while self.after is not None and (self.shown is None or self._time(self.after) <= time):
+        while self.after is not None and (self.shown is None or time_of(self.after, self.video) <= time):
             self.shown, self.after = self.after, next(self.frames, None)
-        if self.shown is None or self._time(self.shown) > time + self.second:
+        if self.shown is None or time_of(self.shown, self.video) > time + self.second:
             at = (time - self.first) / self.second
             raise MediaError(f"{self.video.name} is truncated or damaged: no frame can be decoded at {at:.2f} seconds")
-        return self.shown, self._time(self.shown)
+        return self.shown
 
     def _is_jump_worth(self, time: int) -> bool:
         if self.after is None:
             return self.shown is None
-        if time < self._time(self.after):
+        if time < time_of(self.after, self.video):
             return False
         entry = self.stream.index_entries.search_timestamp(time)
-        return entry < 0 or self.stream.index_entries[entry].timestamp > self._time(self.after)
+        return entry < 0 or self.stream.index_entries[entry].timestamp > time_of(self.after, self.video)
 
     def _jump(self, time: int) -> None:
         """Starts to decode at the last keyframe that is shown before a time.
@@ -119,24 +120,37 @@ class _Place:
                 continue
             packets = self.container.demux(self.stream)
             keyframe = next((packet for packet in packets if packet.is_keyframe), None)
-            if keyframe is None:
+            ticks = None if keyframe is None else display_ticks(keyframe)
+            if keyframe is None or ticks is None:
                 continue
-            self.frames = (frame for packet in chain([keyframe], packets) for frame in packet.decode())
-            ticks = display_ticks(keyframe)
-            if ticks is not None and ticks <= time:
+            self.frames = _whole(self._decode(chain([keyframe], packets), since=ticks), self.video)
+            if ticks <= time:
                 break
         self.shown, self.after = None, next(self.frames, None)
 
-    def _time(self, frame: "VideoFrame") -> int:
-        if frame.pts is None:
-            raise MediaError(f"{self.video.name} does not say when some of its frames are shown: write it again, as MP4")
-        return frame.pts
+    def _decode(self, packets: "Iterable[Packet]", since: int) -> "Iterator[VideoFrame]":
+        """Frames from a keyframe on; those that are shown before it need others, from before the jump."""
+        for packet in packets:
+            yield from (frame for frame in packet.decode() if time_of(frame, self.video) >= since)
+
+
+def time_of(frame: "VideoFrame", video: VideoFile) -> int:
+    """Since when a frame is shown."""
+    if frame.pts is None:
+        raise MediaError(f"{video.name} does not say when some of its frames are shown: write it again, as MP4")
+    return frame.pts
+
+
+def _whole(frames: "Iterable[VideoFrame]", video: VideoFile) -> "Iterator[VideoFrame]":
+    """The frames, as long as none is damaged: those after it need it, and would be wrong without a mark."""
+    for frame in frames:
+        if frame.is_corrupt:
+            raise MediaError(f"{video.name} is damaged: a frame in it cannot be decoded whole")
+        yield frame
 
 
 def _pixels(frame: "VideoFrame", video: VideoFile, header: VideoHeader) -> NDArray[np.uint8]:
     """A decoded frame as pixels_HW3, upright."""
-    if frame.is_corrupt:
-        raise MediaError(f"{video.name} is damaged: a frame in it cannot be decoded whole")
     pixels_HW3 = np.rot90(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False), header.turns)
     if pixels_HW3.shape[:2] != (header.height, header.width):
         raise MediaError(

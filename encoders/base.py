@@ -6,7 +6,7 @@ Shape suffixes: B items, N encoder tokens, M projected tokens, D width.
 import dataclasses
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -73,6 +73,11 @@ class Part(nn.Module):
         return super().__getattr__(name)
 
     @property
+    def class_name(self) -> str:
+        """What kind of part it is, for tables."""
+        return type(self).__name__
+
+    @property
     def has_source(self) -> bool:
         """Whether `build` reads weights that it would read again; otherwise checkpoints hold also what is frozen."""
         return False
@@ -87,6 +92,10 @@ class Part(nn.Module):
         """Whether all gates are still 0, so that what lies before this part gets gradients of exactly 0."""
         gates = [gate.flatten() for gate in self.gates.values()]
         return bool(gates) and not bool(torch.cat(gates).any())
+
+    def is_idle(self, modalities: Collection[str]) -> bool:
+        """Whether a batch has no use for this part, as an option of another, since it has media of these kinds only."""
+        return False
 
     def spec(self) -> dict[str, Any]:
         """The part as JSON: its class and options, without weights."""

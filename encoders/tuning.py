@@ -1,5 +1,7 @@
 """What of a part is trained: nothing, LoRA adapters, or everything."""
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -60,7 +62,7 @@ class Tune:
             )
 
 
-def apply_tune(tune: Tune, module: nn.Module, part: str) -> None:
+def apply_tune(tune: Tune, module: nn.Module, part: str, but: Collection[str] = ()) -> None:
     """Freezes, adapts or frees `module`, in place.
 
     What trains becomes float32: with `full` the whole module, buffers included, with `lora` the adapters alone.
@@ -69,6 +71,7 @@ def apply_tune(tune: Tune, module: nn.Module, part: str) -> None:
         tune: What to train.
         module: The weights of the part.
         part: Name of the part, for the error.
+        but: Names of modules within it that get no adapters.
 
     Raises:
         ValueError: `lora.target_modules` matches no layer, or one that cannot be adapted.
@@ -81,10 +84,11 @@ def apply_tune(tune: Tune, module: nn.Module, part: str) -> None:
     from peft import LoraConfig, inject_adapter_in_model  # 5 CPU-seconds to import: only where it is used
 
     lora = tune.lora
-    names = [name for name, _ in module.named_modules()]
+    spared = tuple(f"{name}." for name in but)
+    layers = {name: layer for name, layer in module.named_modules() if not f"{name}.".startswith(spared)}
     for target in lora.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            linear = sorted({name.rsplit(".", 1)[-1] for name, m in module.named_modules() if isinstance(m, nn.Linear)})
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            linear = sorted({name.rsplit(".", 1)[-1] for name, layer in layers.items() if isinstance(layer, nn.Linear)})
             raise ValueError(
                 f"{part}: lora.target_modules names {target!r}, but no layer of the model has that name. "
                 f"Its linear layers are called: {', '.join(linear) or 'none'}"
@@ -94,6 +98,7 @@ def apply_tune(tune: Tune, module: nn.Module, part: str) -> None:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by it: any number does
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules),
+        exclude_modules="|".join(rf"{re.escape(name)}(\..*)?" for name in but) or None,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
     )

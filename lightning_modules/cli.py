@@ -11,13 +11,14 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as L
 from jsonargparse import Namespace
-from lightning.pytorch.cli import ActionConfigFile, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.callbacks import ProgressBar
 from lightning_modules.checkpoints import CheckpointFile, RunCheckpoint
 from lightning_modules.cli_errors import explain, reason, show_user_errors
+from lightning_modules.cli_yaml import ConfigFile
 from lightning_modules.samples import SamplePage
 
 __all__ = ["OmniLitCLI", "Parser", "explain", "find_checkpoint", "quiet_lightning", "show_user_errors"]
@@ -49,7 +50,7 @@ class OmniLitCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """The parser of the program and of each subcommand."""
         parser = Parser(**kwargs)
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help="A configuration in YAML; later ones win.")
+        parser.add_argument("-c", "--config", action=ConfigFile, help="A configuration in YAML; later ones win.")
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -28,6 +28,7 @@ def share_features(model: MultiModalModel, processor: Processor, options: CacheO
         options: Where features are kept; None: nowhere.
         trainer: Of the run.
     """
+    model.frozen_features.num_read = model.frozen_features.num_encoded = 0
     processor.features = None if options is None else cache(lambda: open_features(model, options, trainer))
 
 
@@ -51,8 +52,8 @@ def open_features(model: MultiModalModel, options: CacheOptions, trainer: Traine
             encoders[modality] = hash_of(encoder_hash(encoder), way)
         else:
             rank_zero_warn(
-                f"model.feature_cache: {modality}_encoder trains (tune.mode {encoder.tune.mode}), so its features change from "
-                "step to step and are not kept"
+                f"model.feature_cache: what {modality}_encoder computes first is trained, so its features change from step to "
+                "step and are not kept"
             )
     return FeatureStore(tensors, encoders)
 
@@ -100,10 +101,9 @@ def _frozen_tensors(part: Part, prefix: str = "") -> Iterator[tuple[str, Tensor]
 
 
 def _numbers_of(module: torch.nn.Module) -> dict[str, Any]:
-    """What a module has noted of its configuration, such as a number of heads or a scale."""
-    return {
-        name: value for name, value in vars(module).items() if name != "training" and isinstance(value, bool | int | float | str)
-    }
+    """What a module has noted of its configuration, such as a number of heads or a scale; not what it notes while it runs."""
+    noted = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+    return {name: value for name, value in noted.items() if name != "training" and not name.startswith("_")}
 
 
 def _untuned(spec: Any) -> Any:

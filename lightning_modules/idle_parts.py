@@ -16,7 +16,8 @@ def idle_parts(model: MultiModalModel, batch: Batch) -> list[Part]:
     idle = {f"{modality}_{kind}" for modality in absent for kind in ("encoder", "projector")}
     if len(absent) == len(MODALITIES):
         idle.add("fusion")
-    return [part for name, part in model.slots().items() if name in idle]
+    present = [modality for modality in MODALITIES if modality in batch]
+    return [part for name, part in model.parts().items() if name in idle or part.is_idle(present)]
 
 
 def touch_idle_parts(loss: Tensor | None, model: MultiModalModel, batch: Batch) -> Tensor:

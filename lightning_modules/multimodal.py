@@ -14,7 +14,7 @@ from torch import Tensor
 
 from datamodules.batch import Batch
 from datamodules.cache import CacheOptions
-from datamodules.processor import Processor, PromptOptions
+from datamodules.prompt_options import PromptOptions
 from encoders.base import Encoder, Part, Projector
 from lightning_modules.answer_metrics import answer_values, media_gains
 from lightning_modules.checkpoints import StepStart, check_processor, rng_state, set_rng_state
@@ -23,11 +23,13 @@ from lightning_modules.idle_parts import touch_idle_parts
 from lightning_modules.losses import AnswerScores, cross_entropy, score_answers, supervised, supervised_rows
 from lightning_modules.measuring import MeasuringLitModule, Stage
 from lightning_modules.optim import WarmupCosine, parameter_groups
+from lightning_modules.processors import make_processor
 from lightning_modules.step_loss import StepLoss
 from models.checkpoint import check_options, fingerprints, load_saved, saved_names, start_from
 from models.fusion import Fusion
 from models.language import Generation, LanguageModel
-from models.multimodal import EncodedMedia, MultiModalModel, rows_with_other_media, shuffle_media
+from models.media_shuffle import rows_with_other_media, shuffle_media
+from models.multimodal import EncodedMedia, MultiModalModel
 
 
 class MultiModalLitModule(MeasuringLitModule):
@@ -89,13 +91,7 @@ class MultiModalLitModule(MeasuringLitModule):
             audio_projector,
             fusion,
         )
-        self.processor = Processor(
-            language_model.name_or_path,
-            prompt,
-            encoders={modality: encoder for modality, (encoder, _) in self.model.towers().items()},
-            projectors={modality: projector for modality, (_, projector) in self.model.towers().items()},
-            fusion=self.model.fusion,
-        )
+        self.processor = make_processor(self.model, prompt)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval
@@ -290,7 +286,7 @@ class MultiModalLitModule(MeasuringLitModule):
         scores = self.score(batch, encoded)
         values = answer_values(scores)
         if (shuffled := shuffle_media(batch)) is not None:
-            moved = {modality: rows_with_other_media(batch, shuffled, modality) for modality in self.model.towers()}
+            moved = {modality: rows_with_other_media(batch, shuffled, modality) for modality in self.model.modalities}
             values |= media_gains(scores, self.score(shuffled, encoded), moved)
         self.measure(batch, values)
         return scores.nll_B.sum(), scores.count_B.sum()

@@ -81,7 +81,7 @@ def _describe(name: str, part: Part, groups: list[dict[str, Any]]) -> dict[str, 
         dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
     return {
         "part": name,
-        "class": type(part).__name__,
+        "class": part.class_name,
         "mode": part.tune.mode,
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trainable": sum(parameter.numel() for parameter in trainable),
@@ -116,7 +116,8 @@ def _table(rows: list[dict[str, Any]]) -> "Table":
     total = {key: f"{sum(row[key] for row in rows):,}" for key in ("parameters", "trainable")}
     for key in ("part", "class", "mode", "parameters", "trainable", "lr", "dtype"):
         right = key in ("parameters", "trainable", "lr")
-        table.add_column(key, footer=total.get(key, "total" if key == "part" else ""), justify="right" if right else "left")
+        footer = total.get(key, "total" if key == "part" else "")
+        table.add_column(key, footer=footer, justify="right" if right else "left", overflow="fold")
     for row in rows:
         rate = "-" if row["lr"] is None else f"{row['lr']:.2g}"
         counts = [f"{row['parameters']:,}", f"{row['trainable']:,}"]

@@ -149,8 +149,12 @@ def other_bases(model: "MultiModalModel", expected: Mapping[str, str], held: Ite
     return [part for part, fingerprint in fingerprints(model, held).items() if expected.get(part) != fingerprint]
 
 
-ELSEWHERE = {"name_or_path", "checkpoint_path", "pretrained", "dtype", "attn_implementation", "trust_remote_code"}
-"""Options that say where weights come from or how they are computed; the fingerprints judge the weights themselves."""
+ELSEWHERE = {
+    *("name_or_path", "checkpoint_path", "pretrained", "dtype", "attn_implementation", "trust_remote_code"),
+    *("image_resize", "video_resize"),
+}
+"""Options that say where weights come from or how they are computed, which their fingerprints judge, or how big the media are
+that a ready model is shown, which the processor's fingerprint judges."""
 
 HOW_FAST = {"tune.lr", "tune.lora.dropout", "tune.mode"}
 """Options of training that do not change what a checkpoint's weights compute."""
@@ -170,9 +174,17 @@ def check_options(parts: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         own, other = _flat(parts[name]), _flat(saved[name])
         for option in sorted(own.keys() | other.keys()):
             owner, _, last = option.rpartition("init_args.")  # a part may be an option of another
-            if last.startswith("tune.lora.") and own[f"{owner}init_args.tune.mode"] != "lora":
+            tune, _, of_tune = last.partition(".")
+            if tune.endswith("_tune"):  # a part that has no options of its own, such as a tower of a ready model
+                last = f"tune.{of_tune}"
+            mode = f"{owner}init_args.{tune}.mode"
+            if (
+                last.startswith("tune.lora.") and not own.get(mode) == other.get(mode) == "lora"
+            ):  # there are no adapters to compare
                 continue
-            if last not in ELSEWHERE | HOW_FAST and own.get(option) != other.get(option):
+            if last.split(".")[0] in ELSEWHERE or last in HOW_FAST:
+                continue
+            if own.get(option) != other.get(option):
                 shown = option.replace("init_args.", "")
                 raise ValueError(
                     f"the checkpoint was trained with {name}.{shown} = {other.get(option)}, but here it is {own.get(option)}: "

@@ -4,7 +4,7 @@ Shape suffixes: N items of a batch, T their first dimension, L features of an it
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -17,14 +17,14 @@ TOGETHER = (16, 8, 4)
 """How many items are tried together where one is small."""
 
 SMALL_SECONDS = 0.05
-"""An item that takes longer gains little in company: its matrices are large enough for themselves."""
+"""An item that takes more CPU time gains little in company: its matrices are large enough for themselves."""
 
 
 class KeepsTensors(Protocol):
     """A cache of tensors by key."""
 
-    def put(self, key: str, tensor: Tensor) -> None:
-        """Keeps a tensor."""
+    def put(self, key: str, tensor: Tensor, notes: Mapping[str, str] | None = None) -> None:
+        """Keeps a tensor, and what is noted beside it."""
 
 
 class FrozenFeatures:
@@ -47,7 +47,7 @@ class FrozenFeatures:
     def __init__(self) -> None:
         self.cache: KeepsTensors | None = None
         self.num_read = self.num_encoded = 0
-        self._trials: dict[tuple[object, ...], bool] = {}
+        self._sizes: dict[tuple[object, ...], list[int]] = {}
 
     @torch.no_grad()
     def __call__(self, encoder: Encoder, media: MediaBatch) -> tuple[Tensor, Tensor | None]:
@@ -59,9 +59,9 @@ class FrozenFeatures:
         self.num_encoded += len(new)
         if cached is None:
             return pad_time(new)
-        for key, features_LD in zip(cached["keys"], new, strict=True):
-            if key and self.cache is not None:
-                self.cache.put(key, features_LD)
+        for feature_key, features_LD in zip(cached["keys"], new, strict=True):
+            if feature_key is not None and self.cache is not None:
+                self.cache.put(feature_key.key, features_LD, {"num_features": str(feature_key.num_features)})
         read = _split(cached["features_CLD"], cached["mask_CL"])
         self.num_read += len(read)
         known, others = dict(zip(cached["items"], read, strict=True)), iter(new)
@@ -87,29 +87,25 @@ class FrozenFeatures:
             return num_items
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         way = (encoder, item.shape, item.dtype, torch.get_num_threads(), autocast)
-        for size in TOGETHER:
-            if size <= num_items:
-                if (*way, size) not in self._trials:
-                    self._trials[*way, size] = _same_together(encoder, item, size)
-                if self._trials[*way, size]:
-                    return size
-        return 1
+        if num_items >= min(TOGETHER) and way not in self._sizes:
+            self._sizes[way] = _try_together(encoder, item)
+        return next((size for size in self._sizes.get(way, []) if size <= num_items), 1)
 
 
-def _same_together(encoder: Encoder, item: Tensor, size: int) -> bool:
-    """Whether `size` random items like this one give the same bits together as alone; False also where that is no gain."""
+def _try_together(encoder: Encoder, item: Tensor) -> list[int]:
+    """In which numbers random items like this one give the same bits together as alone; none where that would be no gain."""
     if not item.is_floating_point():
-        return False
-    generator = torch.Generator().manual_seed(size)
-    noise = torch.randn(size, *item.shape, generator=generator).to(item.dtype)
+        return []
+    noise = torch.randn(max(TOGETHER), *item.shape, generator=torch.Generator().manual_seed(0)).to(item.dtype)
     alone: list[Tensor] = []
+    seconds: list[float] = []
     for example in noise:
-        start = time.perf_counter()
+        start = time.thread_time()
         alone += _run(encoder, example[None].clone())
-        if time.perf_counter() - start > SMALL_SECONDS and len(alone) > 1:  # the first run also warms up
-            return False
-    together = _run(encoder, noise)
-    return all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+        seconds.append(time.thread_time() - start)
+        if len(seconds) == 3 and min(seconds) > SMALL_SECONDS:  # the first also warms up
+            return []
+    return [size for size in TOGETHER if all(map(torch.equal, alone, _run(encoder, noise[:size].clone())))]
 
 
 def _run(encoder: Encoder, media: Tensor) -> list[Tensor]:

@@ -108,27 +108,27 @@ class LanguageModel(Part):
         Raises:
             ValueError: There is no such model, its weights are not whole, or its head is of a kind that is not known here.
         """
-        from transformers import GenerationConfig
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
-        self.model = self._load()
+        # what trains is float32, and a detour would round float32 checkpoints
+        self.model = self._load(AutoModelForCausalLM, torch.float32 if self.tune.mode == "full" else DTYPES[self.dtype])
         self.model.generation_config = GenerationConfig()  # `generate` would fill from the checkpoint's own what we leave open
         self.apply_tune(self.model)
         self._check_head()
 
-    def _load(self) -> "PreTrainedModel":
+    def _load(self, kind: Any, dtype: torch.dtype) -> "PreTrainedModel":
+        """The weights, by one of transformers' auto classes."""
         from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM
 
         options: dict[str, Any] = {
-            # what trains is float32, and a detour would round float32 checkpoints
-            "dtype": torch.float32 if self.tune.mode == "full" else DTYPES[self.dtype],
+            "dtype": dtype,
             "attn_implementation": self.attn_implementation,
             "trust_remote_code": self.trust_remote_code,
         }
         try:
             if not self.pretrained:
-                return AutoModelForCausalLM.from_config(self.config, **options)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                return kind.from_config(self.config, **options)
+            loaded: Any = kind.from_pretrained(
                 self.name_or_path, config=self.config, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
         except (OSError, ValueError, SafetensorError) as error:
@@ -217,6 +217,12 @@ class LanguageModel(Part):
         Returns:
             The new tokens, (B, at most max_new_tokens).
         """
+        return self._continue({"inputs_embeds": embeddings_BTD}, segments_BT, options, eos_ids, pad_id)
+
+    def _continue(
+        self, prompts: dict[str, Any], segments_BT: Tensor, options: Generation, eos_ids: Iterable[int], pad_id: int
+    ) -> Tensor:
+        """What `generate` of transformers makes of its arguments `prompts`."""
         from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
         sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
@@ -231,9 +237,10 @@ class LanguageModel(Part):
         processors = LogitsProcessorList()
         if options.repetition_penalty != 1:
             # The config's own would spare as many tokens of an answer as its prompt has of padding, where prompts are embedded.
-            processors.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
+            given = segments_BT.shape[1] if "input_ids" in prompts else 0
+            processors.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty), prompt_ignore_length=given))
         return self.model.generate(  # type: ignore[operator]  # a mixin that every causal LM has
-            inputs_embeds=embeddings_BTD,
+            **prompts,
             attention_mask=(segments_BT > 0).long(),
             generation_config=config,
             logits_processor=processors,

@@ -11,12 +11,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from datamodules.batch import MODALITIES, Batch, MediaBatch, Modality
+from datamodules.batch import MODALITIES, Batch, Modality
 from encoders.base import Encoder, Part, Projector
 from models.checkpoint import load_saved, read_checkpoint
 from models.features import FrozenFeatures
 from models.fusion import ConcatFusion, Fusion, PlacedMedia
 from models.language import Generation, LanguageModel
+from models.pretrained import PretrainedMLLM
 
 EncodedMedia = dict[Modality, tuple[Tensor, Tensor | None]]
 """By modality: embeddings_NMD of the unique items, and mask_NM (None: all real)."""
@@ -55,7 +56,8 @@ class MultiModalModel(nn.Module):
         self.video_encoder, self.video_projector = video_encoder, video_projector
         self.audio_encoder, self.audio_projector = audio_encoder, audio_projector
         self.fusion = ConcatFusion() if fusion is None else fusion
-        self.towers()  # an encoder without its projector is refused here
+        if self.towers() and isinstance(language_model, PretrainedMLLM):  # an encoder without its projector is refused here
+            raise ValueError("a PretrainedMLLM reads media itself: leave model.image_encoder and its like out")
         self.frozen_features = FrozenFeatures()
         self.media_token_ids: dict[Modality, int] = {}
         self.is_built = False
@@ -78,6 +80,11 @@ class MultiModalModel(nn.Module):
             elif encoder is not None or projector is not None:
                 raise ValueError(f"model.{modality}_encoder and model.{modality}_projector go together: give both, or neither")
         return towers
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """The kinds of media that the model takes, once it is built."""
+        return tuple(self.media_token_ids if isinstance(self.language_model, PretrainedMLLM) else self.towers())
 
     def tower(self, modality: Modality) -> tuple[Encoder, Projector]:
         """The encoder and the projector of a modality.
@@ -170,8 +177,13 @@ class MultiModalModel(nn.Module):
         return model.eval()
 
     def encode(self, batch: Batch) -> EncodedMedia:
-        """Encodes and projects each unique medium of the batch once; frozen encoders run without autograd."""
+        """Encodes and projects each unique medium of the batch once; frozen encoders run without autograd.
+
+        A ready model does it itself, whenever it reads a batch: there is nothing to be encoded before.
+        """
         encoded: EncodedMedia = {}
+        if isinstance(self.language_model, PretrainedMLLM):
+            return encoded
         for modality in MODALITIES:
             if modality not in batch:
                 continue
@@ -221,6 +233,8 @@ class MultiModalModel(nn.Module):
             batch: What the data side made.
             encoded: Its media, where they are encoded already.
         """
+        if isinstance(self.language_model, PretrainedMLLM):
+            return self.language_model.read(batch)
         with self.fused(batch, self.encode(batch) if encoded is None else encoded) as embeddings_BTD:
             return self.language_model(embeddings_BTD, batch["segments_BT"], batch["positions_BT"])
 
@@ -234,8 +248,11 @@ class MultiModalModel(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            with self.fused(batch, self.encode(batch)) as embeddings_BTD:
-                tokens_BT = self.language_model.generate(embeddings_BTD, batch["segments_BT"], options, eos_ids, pad_id)
+            if isinstance(self.language_model, PretrainedMLLM):
+                tokens_BT = self.language_model.answer(batch, options, eos_ids, pad_id)
+            else:
+                with self.fused(batch, self.encode(batch)) as embeddings_BTD:
+                    tokens_BT = self.language_model.generate(embeddings_BTD, batch["segments_BT"], options, eos_ids, pad_id)
         finally:
             self.train(was_training)
         answers = []
@@ -243,47 +260,6 @@ class MultiModalModel(nn.Module):
             end = next((i for i, token in enumerate(tokens) if token in eos_ids), len(tokens))
             answers.append(tokens[:end])
         return answers
-
-
-def shuffle_media(batch: Batch) -> Batch | None:
-    """The batch with other media in each row that has some, or None where no row can have others.
-
-    Among rows with equally many media, of as many placeholders, each row gets those of the next one that has others, so that
-    rows which share their media (several questions about one picture) do not get them again. The tokens stay as they are.
-    """
-    shuffled = dict(batch)
-    moved = False
-    for modality in MODALITIES:
-        if modality in batch:
-            item_O = _shuffle_items(batch[modality])
-            moved |= not torch.equal(item_O, batch[modality]["item_O"])
-            shuffled[modality] = {**batch[modality], "item_O": item_O}
-    return shuffled if moved else None  # type: ignore[return-value]
-
-
-def rows_with_other_media(batch: Batch, shuffled: Batch, modality: Modality) -> Tensor:
-    """Which rows have other media of a modality in `shuffled` than in `batch`: moved_B, boolean."""
-    moved_B = torch.zeros(len(batch["tokens_BT"]), dtype=torch.bool, device=batch["tokens_BT"].device)
-    if modality in batch:
-        media = batch[modality]
-        moved_B[media["row_O"][media["item_O"] != shuffled[modality]["item_O"]]] = True
-    return moved_B
-
-
-def _shuffle_items(media: MediaBatch) -> Tensor:
-    item_O = media["item_O"].clone()
-    different: dict[tuple[int, ...], list[list[int]]] = {}  # by numbers of tokens: the different items of the rows
-    rows = [(media["row_O"] == row).nonzero().flatten() for row in media["row_O"].unique()]
-    for occurrences in rows:
-        items = media["item_O"][occurrences].tolist()
-        group = different.setdefault(tuple(media["num_tokens_O"][occurrences].tolist()), [])
-        if items not in group:
-            group.append(items)
-    for occurrences in rows:
-        group = different[tuple(media["num_tokens_O"][occurrences].tolist())]
-        place = group.index(media["item_O"][occurrences].tolist())
-        item_O[occurrences] = item_O.new_tensor(group[(place + 1) % len(group)])
-    return item_O
 
 
 def _check_no_placeholders(placeholder_BT: Tensor, modality: Modality) -> None:

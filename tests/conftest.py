@@ -18,6 +18,8 @@ from torch import Tensor
 from datamodules.batch import IGNORE_INDEX, Batch, Example, MediaItem, Origin
 from datamodules.collate import collate
 
+pytest_plugins = ["tests.datamodules.row_fixtures"]
+
 VOCABULARY = 600
 IMAGE_TOKEN = 601
 """Behind the embedding table: a placeholder that is embedded as a token raises."""
@@ -90,11 +92,15 @@ def _config(family: str) -> Any:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`model_folder(family)`: a folder with config and random weights, made once; for language models with a ChatML tokenizer."""
+    """`model_folder(family)`: a folder with config and random weights, made once; for language models with a ChatML tokenizer.
+
+    Ready multimodal models (`tiny_mllm.FAMILIES`) have their whole processor.
+    """
     from transformers import AutoModel, AutoModelForCausalLM
 
     from tests.encoders.audio_fakes import save_audio_model
     from tests.tiny import make_tokenizer
+    from tests.tiny_mllm import FAMILIES, make_mllm
 
     folders: dict[str, Path] = {}
 
@@ -102,6 +108,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         if family == "whisper" and family not in folders:
             folders[family] = tmp_path_factory.mktemp(family)
             save_audio_model(family, folders[family])
+        if family in FAMILIES and family not in folders:
+            folders[family] = make_mllm(tmp_path_factory.mktemp(family), family)
         if family not in folders:
             is_vision = family in ("clip", "siglip", "dinov2")
             with torch.random.fork_rng():

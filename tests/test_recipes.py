@@ -61,6 +61,7 @@ def _source(name: str, rows: str) -> Flags:
 
 RECIPES: dict[str, Flags] = {
     "tiny": {},
+    "tiny_all": {"data.batch_size": "6"},
     "demo": DEMO | DINOV2,
     "image": SIGLIP,
     "image_stage1": SIGLIP,
@@ -76,6 +77,17 @@ RECIPES: dict[str, Flags] = {
         "model.video_encoder.frames.name_or_path": "{siglip}",
         "data.train_path": "{clips}/rows.jsonl",
         "data.media_root": "{clips}",
+        "data.val_fraction": "0.25",
+    },
+    "qwen_vl": {
+        "model.language_model.name_or_path": "{qwen2_5_vl}",
+        **_source("images", "pictures"),
+        **_source("clips", "clips"),
+    },
+    "qwen_audio": {
+        "model.language_model.name_or_path": "{qwen2_audio}",
+        "data.train_path": "{sounds}/rows.jsonl",
+        "data.media_root": "{sounds}",
         "data.val_fraction": "0.25",
     },
     "all": {

@@ -41,6 +41,7 @@ def test_the_tiny_recipe_learns_to_look(finished: Path) -> None:
     assert summary["metrics"]["val/accuracy"] >= 0.75
     assert summary["metrics"]["val/media_gain"] > 0.1
     assert (summary["rows"], summary["trained"], summary["skipped"]) == (32, 32, 0)
+    assert summary["media"] == {"image": 32, "video": 0, "audio": 0}
 
 
 def test_a_run_leaves_what_is_needed_to_use_it(finished: Path) -> None:
@@ -68,7 +69,7 @@ def test_validate_and_predict_use_a_checkpoint(finished: Path, tmp_path: Path) -
     assert float(cli.trainer.callback_metrics["val/loss"]) == pytest.approx(summary["metrics"]["val/loss"], rel=1e-5)
     main(["predict", "--config", TINY, *there, "--data.predict_path=demo/tiny/val.jsonl"])
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    right = sum(row["response"] == row["reference"] for row in rows)
+    right = sum(row["right"] for row in rows)
     assert len(rows) == 8
     assert right / 8 == pytest.approx(summary["metrics"]["val/exact_match"])  # teacher forcing said the same
 

@@ -8,12 +8,13 @@ import torch
 
 from tests.tiny import make_tokenizer
 
-Family = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_onevision", "qwen2_audio"]
-FAMILIES: tuple[Family, ...] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_onevision", "qwen2_audio")
+Family = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_onevision", "gemma3", "qwen2_audio"]
+FAMILIES: tuple[Family, ...] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_onevision", "gemma3", "qwen2_audio")
 
 VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 AUDIO_TOKENS = ["<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
 LLAVA_TOKENS = ["<image>", "<video>"]
+GEMMA_TOKENS = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
 
 QWEN_VL_TEMPLATE = """{% for message in messages %}{% if loop.first and message.role != 'system' %}<|im_start|>system
 You are a helpful assistant.<|im_end|>
@@ -56,6 +57,7 @@ def make_mllm(folder: Path, family: Family) -> Path:
         "qwen3_vl": _qwen3_vl,
         "llava": _llava,
         "llava_onevision": _llava_onevision,
+        "gemma3": _gemma3,
         "qwen2_audio": _qwen2_audio,
     }
     from transformers import AutoModelForMultimodalLM
@@ -64,6 +66,9 @@ def make_mllm(folder: Path, family: Family) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(FAMILIES.index(family))
         model = AutoModelForMultimodalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("mm_input_projection_weight"):  # Gemma 3 leaves it at 0 until a checkpoint fills it
+                torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     return folder
 
@@ -80,9 +85,8 @@ def _qwen_vl_ids(tokenizer: Any) -> dict[str, int]:
 
 
 def _qwen_vl_processor(folder: Path, tokenizer: Any, kind: Any, patch_size: int, video: Any) -> None:
-    from transformers import AutoImageProcessor, Qwen2VLImageProcessor
+    from transformers import Qwen2VLImageProcessor
 
-    del AutoImageProcessor
     images = Qwen2VLImageProcessor(size=PIXELS, patch_size=patch_size)
     videos = video(size=PIXELS, patch_size=patch_size)
     kind(images, tokenizer, videos, chat_template=QWEN_VL_TEMPLATE).save_pretrained(folder)
@@ -129,7 +133,7 @@ def _qwen3_vl(folder: Path) -> Any:
         "num_heads": 2,
         "patch_size": 16,
         "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1],
+        "deepstack_visual_indexes": [0],
         "initializer_range": 0.2,
     }
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
@@ -195,6 +199,29 @@ def _llava_onevision(folder: Path) -> Any:
         image_grid_pinpoints=pinpoints,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
+    )
+
+
+def _gemma3(folder: Path) -> Any:
+    """Its processor writes two line breaks around an image, its template trims messages, and images attend both ways."""
+    import transformers as hf
+
+    backend = _tokenizer(folder, list(GEMMA_TOKENS.values())).backend_tokenizer
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=GEMMA_TOKENS
+    )
+    template = LLAVA_TEMPLATE.replace("<image>\n", "<start_of_image>").replace("content.text", "content.text | trim")
+    images = hf.Gemma3ImageProcessor(size={"height": 28, "width": 28})
+    hf.Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=4).save_pretrained(folder)
+    begin, end, image = tokenizer.convert_tokens_to_ids(list(GEMMA_TOKENS.values()))
+    text = {"model_type": "gemma3_text", **TEXT, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 512}
+    return hf.Gemma3Config(
+        vision_config={**_clip(), "model_type": "siglip_vision_model", "vision_use_head": False},
+        text_config=text,
+        mm_tokens_per_image=4,
+        boi_token_index=begin,
+        eoi_token_index=end,
+        image_token_index=image,
     )
 
 

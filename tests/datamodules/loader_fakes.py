@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.batch import Batch, MediaItem
-from datamodules.dataset import MultiModalDataset, RowKey
+from datamodules.dataset import MultiModalDataset
 from datamodules.loader import RowLoader, StatefulLoader
 from datamodules.processor import Processor, PromptOptions
+from datamodules.row_dataset import RowKey
 from datamodules.skipped import SkippedRows
 from encoders.base import Encoder, MediaShape, Projector
 from encoders.tuning import Tune

@@ -8,29 +8,10 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback, Trainer
 
-from datamodules.augment import ImageAugment
 from datamodules.image import ImageDataModule
-from datamodules.processor import Processor
 from tests.datamodules.lightning_fakes import Model, make_trainer
-from tests.datamodules.loader_fakes import ids, make_processor, same, write_rows
-
-NUM_ROWS = 7  # four batches of two an epoch
-
-
-@pytest.fixture(scope="module")
-def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
-    return make_processor(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def make(tmp_path: Path, processor: Processor) -> Callable[..., ImageDataModule]:
-    path = str(write_rows(tmp_path / "rows.jsonl", NUM_ROWS))
-
-    def data(**options: Any) -> ImageDataModule:
-        defaults = {"train_path": path, "batch_size": 2, "num_workers": 0, "seed": 5, "processor": processor}
-        return ImageDataModule(augment=ImageAugment(), **(defaults | options))
-
-    return data
+from tests.datamodules.loader_fakes import ids, same, write_rows
+from tests.datamodules.row_fixtures import NUM_ROWS
 
 
 class SaveOften(Callback):
@@ -69,15 +50,15 @@ class SaveOften(Callback):
     ],
 )
 def test_a_run_goes_on_with_the_batches_it_would_have_had(
-    make: Callable[..., ImageDataModule], tmp_path: Path, options: dict[str, Any], checkpoint: str
+    make_image_data: Callable[..., ImageDataModule], tmp_path: Path, options: dict[str, Any], checkpoint: str
 ) -> None:
     others = set(multiprocessing.active_children())
     num_workers = options.get("num_workers", 0)
     options = {name: value for name, value in options.items() if name != "num_workers"}
     whole, save, resumed = Model(), SaveOften(), Model()
-    make_trainer(tmp_path, save, **options).fit(whole, datamodule=make(num_workers=num_workers))
+    make_trainer(tmp_path, save, **options).fit(whole, datamodule=make_image_data(num_workers=num_workers))
     path = str(tmp_path / f"{checkpoint}.ckpt")
-    data = make(num_workers=num_workers)
+    data = make_image_data(num_workers=num_workers)
     make_trainer(tmp_path, **options).fit(resumed, datamodule=data, ckpt_path=path)
     rest = whole.trained[save.saved[path] :]
     assert len(rest) > 1 and len(resumed.trained) == len(rest)
@@ -88,31 +69,35 @@ def test_a_run_goes_on_with_the_batches_it_would_have_had(
 
 
 @pytest.mark.parametrize("fail_at", [0, 3, 5])
-def test_the_batch_that_was_not_finished_comes_again(make: Callable[..., ImageDataModule], tmp_path: Path, fail_at: int) -> None:
+def test_the_batch_that_was_not_finished_comes_again(
+    make_image_data: Callable[..., ImageDataModule], tmp_path: Path, fail_at: int
+) -> None:
     whole, failing, resumed = Model(), Model(fail_at), Model()
-    make_trainer(tmp_path).fit(whole, datamodule=make())
+    make_trainer(tmp_path).fit(whole, datamodule=make_image_data())
     others = set(multiprocessing.active_children())
     with pytest.raises(RuntimeError, match="stopped"):
-        make_trainer(tmp_path, SaveOften()).fit(failing, datamodule=make(num_workers=1))
+        make_trainer(tmp_path, SaveOften()).fit(failing, datamodule=make_image_data(num_workers=1))
     assert set(multiprocessing.active_children()) <= others
-    data = make()
+    data = make_image_data()
     make_trainer(tmp_path).fit(resumed, datamodule=data, ckpt_path=tmp_path / "exception.ckpt")
     assert all(same(*pair) for pair in zip(failing.trained + resumed.trained, whole.trained, strict=True))
     assert data.row_counts()["trained"] == NUM_ROWS
 
 
-def test_a_second_fit_begins_anew(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
-    data, models = make(), [Model(), Model()]
+def test_a_second_fit_begins_anew(make_image_data: Callable[..., ImageDataModule], tmp_path: Path) -> None:
+    data, models = make_image_data(), [Model(), Model()]
     for model in models:
         make_trainer(tmp_path, max_epochs=1).fit(model, datamodule=data)
     assert all(same(*pair) for pair in zip(*(model.trained for model in models), strict=True))
 
 
-def test_a_checkpoint_of_other_data_can_be_tested_but_not_resumed(make: Callable[..., ImageDataModule], tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_data_can_be_tested_but_not_resumed(
+    make_image_data: Callable[..., ImageDataModule], tmp_path: Path
+) -> None:
     save = SaveOften()
-    make_trainer(tmp_path, save).fit(Model(), datamodule=make())
+    make_trainer(tmp_path, save).fit(Model(), datamodule=make_image_data())
     other = str(write_rows(tmp_path / "other.jsonl", 5))
-    data, path = make(train_path=other, val_path=other), next(iter(save.saved))
+    data, path = make_image_data(train_path=other, val_path=other), next(iter(save.saved))
     make_trainer(tmp_path).validate(model := Model(), datamodule=data, ckpt_path=path, verbose=False)
     assert len(model.validated) == 3
     make_trainer(tmp_path, max_epochs=1).fit(fresh := Model(), datamodule=data)

@@ -9,11 +9,12 @@ from torch.utils.data import DataLoader
 from datamodules.augment import ImageAugment, rng
 from datamodules.batch import IGNORE_INDEX, Example, RowError
 from datamodules.conversation import parse_row
-from datamodules.dataset import MultiModalDataset, RowKey
+from datamodules.dataset import MultiModalDataset
 from datamodules.loader import Collate
 from datamodules.media import MediaLimits
 from datamodules.media_image import ImageLimits, decode_image
 from datamodules.processor import Processor, PromptOptions
+from datamodules.row_dataset import RowKey
 from datamodules.sampler import GlobalBatches, Portion, RowSampler
 from datamodules.sources import MediaRoot
 from tests.datamodules.loader_fakes import ids, make_processor, make_row, pixels, same, write_rows

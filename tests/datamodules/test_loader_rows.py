@@ -8,32 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from datamodules.augment import ImageAugment
 from datamodules.loader import Progress
 from datamodules.processor import Processor, PromptOptions
-from tests.datamodules.loader_fakes import RecordingDataset, epochs, ids, make_loader, make_processor, make_row, take, write_rows
-
-NUM_ROWS = 7  # four batches of two an epoch, the last one smaller
-
-
-@pytest.fixture(scope="module")
-def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
-    return make_processor(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def dataset(tmp_path: Path, processor: Processor) -> Callable[..., RecordingDataset]:
-    """Makes datasets that keep a record of their own of what is asked for."""
-    made: list[RecordingDataset] = []
-
-    def make(lines: dict[int, str] | None = None, processor: Processor = processor, **options: Any) -> RecordingDataset:
-        path = write_rows(tmp_path / "rows.jsonl", NUM_ROWS, lines)
-        dataset = RecordingDataset(str(path), str(tmp_path), processor, augment=ImageAugment(), seed=3, **options)
-        dataset.record = tmp_path / f"requests{len(made)}.txt"
-        made.append(dataset)
-        return dataset
-
-    return make
+from tests.datamodules.loader_fakes import RecordingDataset, epochs, ids, make_loader, make_processor, make_row, take
+from tests.datamodules.row_fixtures import NUM_ROWS
 
 
 def bad_lines(folder: Path) -> dict[int, str]:
@@ -49,9 +27,9 @@ def bad_lines(folder: Path) -> dict[int, str]:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_every_row_is_trained_or_named(
-    dataset: Callable[..., RecordingDataset], tmp_path: Path, num_workers: int, caplog: pytest.LogCaptureFixture
+    recording_dataset: Callable[..., RecordingDataset], tmp_path: Path, num_workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    loader = make_loader(dataset(bad_lines(tmp_path)), folder=tmp_path, num_workers=num_workers)
+    loader = make_loader(recording_dataset(bad_lines(tmp_path)), folder=tmp_path, num_workers=num_workers)
     for _ in range(3):
         trained = sum(ids(list(loader)), [])
         assert sorted(trained) == ["1", "4", "6"]
@@ -67,12 +45,14 @@ def test_every_row_is_trained_or_named(
 
 
 @pytest.mark.parametrize("taken", [1, 2, 3, 4, 6])
-def test_the_account_goes_on_after_a_resume(dataset: Callable[..., RecordingDataset], tmp_path: Path, taken: int) -> None:
-    loader = make_loader(dataset(bad_lines(tmp_path)), folder=tmp_path)
+def test_the_account_goes_on_after_a_resume(
+    recording_dataset: Callable[..., RecordingDataset], tmp_path: Path, taken: int
+) -> None:
+    loader = make_loader(recording_dataset(bad_lines(tmp_path)), folder=tmp_path)
     take(loader, taken)
     counts = loader.row_counts()
     assert counts["trained"] + counts["skipped"] + counts["not_reached"] == counts["rows"] == NUM_ROWS
-    resumed = make_loader(dataset(bad_lines(tmp_path)), folder=tmp_path)
+    resumed = make_loader(recording_dataset(bad_lines(tmp_path)), folder=tmp_path)
     resumed.load_state_dict(loader.state_dict())
     list(resumed)
     assert resumed.row_counts() == {"rows": 7, "trained": 3, "skipped": 4, "not_reached": 0, "dropped_tokens": 0}
@@ -80,9 +60,9 @@ def test_the_account_goes_on_after_a_resume(dataset: Callable[..., RecordingData
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_bad_row_leaves_a_gap_in_its_batch(dataset: Callable[..., RecordingDataset], tmp_path: Path) -> None:
-    good = epochs(make_loader(dataset()), 2)
-    gaps = epochs(make_loader(dataset(bad_lines(tmp_path))), 2)
+def test_a_bad_row_leaves_a_gap_in_its_batch(recording_dataset: Callable[..., RecordingDataset], tmp_path: Path) -> None:
+    good = epochs(make_loader(recording_dataset()), 2)
+    gaps = epochs(make_loader(recording_dataset(bad_lines(tmp_path))), 2)
     bad = {"0", "2", "3", "5"}
     assert ids(gaps) == [[row for row in batch if row not in bad] for batch in ids(good)]
     pictures = {(number // 4, example["id"]): row for number, batch in enumerate(good) for example, row in rows(batch)}
@@ -105,35 +85,37 @@ def rows(batch: Any) -> list[tuple[dict[str, Any], tuple[list[int], list[int], t
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_too_many_bad_rows_stop_the_run(dataset: Callable[..., RecordingDataset], tmp_path: Path, num_workers: int) -> None:
+def test_too_many_bad_rows_stop_the_run(
+    recording_dataset: Callable[..., RecordingDataset], tmp_path: Path, num_workers: int
+) -> None:
     bad = bad_lines(tmp_path)
-    loader = make_loader(dataset(bad), folder=tmp_path, max_skipped=0.5, num_workers=num_workers)
+    loader = make_loader(recording_dataset(bad), folder=tmp_path, max_skipped=0.5, num_workers=num_workers)
     with pytest.raises(
         ValueError,
         match=r"^4 of 7 rows \(57\.1 %\) from .*rows\.jsonl could not be used.* allows 3\. .*or raise data\.max_skipped$",
     ):
         list(loader)
-    enough = make_loader(dataset(bad), folder=tmp_path, max_skipped=4 / 7)
+    enough = make_loader(recording_dataset(bad), folder=tmp_path, max_skipped=4 / 7)
     assert len(epochs(enough, 3)) == 12
 
 
-def test_the_batch_that_stops_the_run_is_not_lost(dataset: Callable[..., RecordingDataset], tmp_path: Path) -> None:
-    loader = make_loader(dataset(bad_lines(tmp_path)), max_skipped=0.0, progress=lambda: Progress(0, len(finished)))
+def test_the_batch_that_stops_the_run_is_not_lost(recording_dataset: Callable[..., RecordingDataset], tmp_path: Path) -> None:
+    loader = make_loader(recording_dataset(bad_lines(tmp_path)), max_skipped=0.0, progress=lambda: Progress(0, len(finished)))
     finished: list[Any] = []
     with pytest.raises(ValueError, match="data.max_skipped = 0.0 allows 0"):
         finished.extend(loader)
-    mended = make_loader(dataset())
+    mended = make_loader(recording_dataset())
     mended.load_state_dict(loader.state_dict())
     rest = list(mended)
     assert mended.row_counts()["trained"] == NUM_ROWS and sum(map(len, ids(rest))) == NUM_ROWS - 2 * len(finished)
 
 
-def test_media_are_counted_as_they_are_delivered(dataset: Callable[..., RecordingDataset], tmp_path: Path) -> None:
+def test_media_are_counted_as_they_are_delivered(recording_dataset: Callable[..., RecordingDataset], tmp_path: Path) -> None:
     twice = make_row(4, "4.png")
     twice["messages"][0]["content"] = "<image>like<image>?"
     twice["images"] *= 2
     lines = {1: json.dumps(make_row(1)), 4: json.dumps(twice), 5: json.dumps(make_row(5, "missing.png"))}
-    loader = make_loader(dataset(lines), num_workers=1)
+    loader = make_loader(recording_dataset(lines), num_workers=1)
     assert loader.media_counts() == {"image": 0, "video": 0, "audio": 0}
     for _ in range(2):
         delivered = 0
@@ -142,7 +124,7 @@ def test_media_are_counted_as_they_are_delivered(dataset: Callable[..., Recordin
             assert loader.media_counts()["image"] == delivered
         assert loader.media_counts() == {"image": 6, "video": 0, "audio": 0}
     take(loader, 2)
-    resumed = make_loader(dataset(lines))
+    resumed = make_loader(recording_dataset(lines))
     resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
     assert resumed.media_counts() == loader.media_counts() != {"image": 6, "video": 0, "audio": 0}
     list(resumed)
@@ -150,27 +132,27 @@ def test_media_are_counted_as_they_are_delivered(dataset: Callable[..., Recordin
 
 
 def test_cut_tokens_are_counted(
-    dataset: Callable[..., RecordingDataset], processor: Processor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    recording_dataset: Callable[..., RecordingDataset], row_processor: Processor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = Path(processor.name_or_path)
-    whole = [len(row.tokens) for row in (dataset()[number] for number in range(NUM_ROWS))]
+    folder = Path(row_processor.name_or_path)
+    whole = [len(row.tokens) for row in (recording_dataset()[number] for number in range(NUM_ROWS))]
     limit = max(whole) - 3
     cutting = make_processor(folder, PromptOptions(max_length=limit, on_too_long="cut"))
     dropped = sum(max(0, length - limit) for length in whole)
-    loader = make_loader(dataset(processor=cutting))
+    loader = make_loader(recording_dataset(processor=cutting))
     batches = epochs(loader, 2)
     assert loader.row_counts()["dropped_tokens"] == dropped == sum(batch["num_dropped_tokens"] for batch in batches[:4]) > 0
     messages = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
     assert 1 <= len(messages) <= 4 and int(messages[-1].split()[0]) * 2 > dropped
-    resumed = make_loader(dataset(processor=cutting))
+    resumed = make_loader(recording_dataset(processor=cutting))
     resumed.load_state_dict({**loader.state_dict(), "batch": 2, "counts": {"dropped_tokens": 100}})
     list(resumed)
     rest = sum(batch["num_dropped_tokens"] for batch in batches[6:])
     assert resumed.row_counts()["dropped_tokens"] == 100 + rest
 
 
-def test_a_batch_whose_rows_are_all_bad_is_empty(dataset: Callable[..., RecordingDataset], tmp_path: Path) -> None:
-    loader = make_loader(dataset(bad_lines(tmp_path)), batch_size=1)
+def test_a_batch_whose_rows_are_all_bad_is_empty(recording_dataset: Callable[..., RecordingDataset], tmp_path: Path) -> None:
+    loader = make_loader(recording_dataset(bad_lines(tmp_path)), batch_size=1)
     batches = list(loader)
     assert sorted(map(len, ids(batches))) == [0, 0, 0, 0, 1, 1, 1]
     assert all(len(batch["skipped"]) + len(batch["examples"]) == 1 for batch in batches)

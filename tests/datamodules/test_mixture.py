@@ -13,24 +13,21 @@ import torch
 
 from datamodules.augment import ImageAugment
 from datamodules.batch import Batch
-from datamodules.dataset import RowKey
+from datamodules.loader import StatefulLoader
 from datamodules.media import MediaLimits
 from datamodules.media_image import ImageLimits
 from datamodules.mixture import MixtureDataModule
 from datamodules.processor import Processor
+from datamodules.row_dataset import RowKey
+from datamodules.skipped import SkippedRows
 from datamodules.source import MediaAugment, Source
 from tests.datamodules.lightning_fakes import Model, make_trainer
-from tests.datamodules.loader_fakes import epochs, make_processor, make_row, same, take, write_rows
+from tests.datamodules.loader_fakes import epochs, make_row, same, take, write_rows
 
 JITTER = MediaAugment(image=ImageAugment(crop_scale=(0.3, 0.9), flip=0.5, brightness=0.5))
 SIZES = {"web": 9, "birds": 6, "notes": 4}
 WEIGHTS = {"web": 0.5, "birds": 1.0, "notes": 2.0}
 ROWS_AN_EPOCH = {"web": 5, "birds": 6, "notes": 8}
-
-
-@pytest.fixture(scope="module")
-def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
-    return make_processor(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
@@ -46,9 +43,9 @@ def sources(tmp_path: Path) -> dict[str, Source]:
 
 
 @pytest.fixture
-def make(sources: dict[str, Source], processor: Processor) -> Callable[..., MixtureDataModule]:
+def make(sources: dict[str, Source], row_processor: Processor) -> Callable[..., MixtureDataModule]:
     def data(sources: dict[str, Source] = sources, stage: str | None = "fit", **options: Any) -> MixtureDataModule:
-        defaults = {"batch_size": 4, "num_workers": 0, "seed": 5, "processor": processor}
+        defaults = {"batch_size": 4, "num_workers": 0, "seed": 5, "processor": row_processor}
         module = MixtureDataModule(sources, **(defaults | options))
         if stage is not None:
             module.setup(stage)
@@ -144,6 +141,52 @@ def test_the_rows_of_each_source_are_trained_or_named(
     assert len(model.trained) == 15
 
 
+def test_the_account_of_all_processes_goes_on_after_a_resume(
+    make: Callable[..., MixtureDataModule], sources: dict[str, Source], tmp_path: Path
+) -> None:
+    """The checkpoint is that of the first process."""
+    change_line(sources["birds"], 2, "{")
+    change_line(sources["notes"], 0, json.dumps({"id": 1}))
+
+    def loaders() -> list[StatefulLoader]:
+        dataset = make().train_dataset
+        return [
+            StatefulLoader(
+                dataset,
+                2,
+                {
+                    source.name: SkippedRows(
+                        tmp_path / "skipped.jsonl", str(source.file.path), len(source), 1.0, source=source.name
+                    )
+                    for source in dataset.sources
+                },
+                weights=WEIGHTS,
+                shuffle=True,
+                seed=5,
+                rank=rank,
+                world_size=2,
+            )
+            for rank in range(2)
+        ]
+
+    def account(loaders: list[StatefulLoader]) -> dict[str, Counter[str]]:
+        counts = [loader.source_counts() for loader in loaders]
+        return {name: Counter(counts[0][name]) + Counter(counts[1][name]) for name in SIZES}
+
+    for taken in range(1, 5):
+        stopped = loaders()
+        for loader in stopped:
+            take(loader, taken)
+        resumed = loaders()
+        for loader in resumed:
+            loader.load_state_dict(stopped[0].state_dict())
+        assert account(resumed) == account(stopped) != account(loaders())
+        for loader in resumed:
+            list(loader)
+        assert account(resumed)["birds"] == Counter(rows=6, trained=5, skipped=1)
+        assert account(resumed)["notes"] == Counter(rows=8, trained=6, skipped=2)
+
+
 def test_a_bad_row_of_one_source_leaves_a_gap_and_changes_nothing_else(
     make: Callable[..., MixtureDataModule], sources: dict[str, Source]
 ) -> None:
@@ -206,7 +249,9 @@ def test_no_picture_is_trained_on_in_one_source_and_held_out_in_another(
         assert {source.name for source in data.val_dataset.sources} == {"web", "captions", "notes"}
 
 
-def test_each_source_is_read_in_its_own_way(make: Callable[..., MixtureDataModule], processor: Processor, tmp_path: Path) -> None:
+def test_each_source_is_read_in_its_own_way(
+    make: Callable[..., MixtureDataModule], row_processor: Processor, tmp_path: Path
+) -> None:
     """One file, read twice: with other prompts, folders and limits."""
     for folder in ("small", "large"):
         write_rows(tmp_path / f"{folder}.jsonl", 1)
@@ -268,8 +313,9 @@ def test_what_is_wrong_with_a_source_is_named(
 def test_what_is_wrong_with_all_sources_is_named(make: Callable[..., MixtureDataModule], sources: dict[str, Source]) -> None:
     with pytest.raises(ValueError, match=r"^data\.sources is empty: name at least one"):
         make({})
-    with pytest.raises(ValueError, match=r"^data\.sources has the name 'a/b': a name is of letters"):
-        make({"a/b": sources["web"]})
+    for name in ("a/b", "a.b", ""):  # they stand in names of metrics and of flags
+        with pytest.raises(ValueError, match=rf"^data\.sources has the name '{name}': a name is of letters"):
+            make({name: sources["web"]})
     with pytest.raises(
         ValueError, match=r"^none of the sources web, birds, notes has test rows: .* data\.sources\.<name>\.test_path"
     ):

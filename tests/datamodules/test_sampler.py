@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from datamodules.dataset import RowKey
+from datamodules.row_dataset import RowKey
 from datamodules.sampler import GlobalBatches, Portion, RowSampler
 
 
@@ -28,7 +28,7 @@ def test_each_row_comes_once_an_epoch(world_size: int, num_rows: int, batch_size
     for rank, batches in enumerate(ranks):
         assert all(len(batch) == batch_size for batch in batches[:-1])
         sampler = GlobalBatches(one_source(num_rows, shuffle, seed=9), batch_size, rank, world_size)
-        assert len(sampler) == len(batches) and sampler.num_rows() == [sum(map(len, batches))]
+        assert len(sampler) == len(batches) and list(map(len, sampler.own_rows(len(batches)))) == [sum(map(len, batches))]
     last = [len(batches[-1]) for batches in ranks]
     assert max(last) - min(last) <= 1
 
@@ -154,9 +154,11 @@ def test_ranks_share_the_batches_of_a_mixture(batch_size: int, world_size: int) 
     for batch, of_ranks in zip(whole, zip(*parts, strict=True), strict=True):
         assert sorted(batch) == sorted(key.row for part in of_ranks for key in part)
     for batches, part in zip(ranks, parts, strict=True):
-        rows = [key.row for batch in part for key in batch]
-        assert batches.num_rows() == [sum(start <= row < end for row in rows) for start, end in ((0, 5), (5, 13), (13, 16))]
-        totals.update(dict(enumerate(batches.num_rows())))
+        for number in range(len(part) + 1):
+            rows = [key.row for batch in part[:number] for key in batch]
+            of_sources = [[row - start for row in rows if start <= row < end] for start, end in ((0, 5), (5, 13), (13, 16))]
+            assert [own.tolist() for own in batches.own_rows(number)] == of_sources
+        totals.update({source: len(own) for source, own in enumerate(of_sources)})
     assert totals == {0: 5, 1: 4, 2: 6}
 
 

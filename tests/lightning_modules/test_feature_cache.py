@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image, ImageOps
@@ -16,11 +17,16 @@ from safetensors import safe_open
 
 from datamodules.augment import ImageAugment
 from datamodules.cache import CacheOptions
+from encoders.audio import WhisperEncoder
 from encoders.image import HFVisionEncoder, TimmEncoder
 from encoders.tuning import LoRA, Tune
 from lightning_modules.feature_cache import arithmetic, encoder_hash
 from lightning_modules.multimodal import MultiModalLitModule
+from models.language import Generation
+from tests.lightning_modules.media_fakes import make_all, write_media_rows
 from tests.lightning_modules.run_fakes import Watch, batches, make_data, make_trainer, weights, write_rows
+from tests.lightning_modules.test_multimodal_ddp import in_two_processes
+from train import main
 
 NUM_ROWS = 8
 NUM_PICTURES = 7  # every fifth row has none
@@ -111,19 +117,81 @@ def test_a_hit_is_neither_decoded_nor_encoded(fit: Fit, options: CacheOptions, m
     def never(*args: Any) -> Any:
         raise AssertionError("there is no need for that")
 
-    monkeypatch.setattr("datamodules.dataset.decode", never)  # also tried on the first row before the run
-    monkeypatch.setattr("datamodules.loading.contextlib.suppress", lambda _: _Suppress())
-    monkeypatch.setattr(HFVisionEncoder, "forward", never)
-    again = fit(module={"feature_cache": options})
+    class Forbid(Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # the first row was tried before
+            monkeypatch.setattr("datamodules.dataset.decode", never)
+            monkeypatch.setattr(HFVisionEncoder, "forward", never)
+
+    again = fit(Forbid(), module={"feature_cache": options})
     assert_same(again, first)
     assert (again.num_read, again.num_encoded) == (4 * NUM_PICTURES, 0)
 
 
-class _Suppress:
-    def __enter__(self) -> None: ...
+def test_two_processes_share_a_cache(
+    fit: Fit, options: CacheOptions, make_lit_module: Callable[..., MultiModalLitModule], rows: Path, tmp_path: Path
+) -> None:
+    """Each of them reads in the second epoch what the other one has written in the first."""
 
-    def __exit__(self, *_: Any) -> bool:
-        return True
+    def job(folder: Path, cache: CacheOptions | None, trainer_options: dict[str, Any]) -> None:
+        torch.manual_seed(4)
+        module = make_lit_module(feature_cache=cache)
+        trainer = make_trainer(folder, max_epochs=2, **trainer_options)
+        trainer.fit(module, make_data(module, rows, batch_size=2))
+        features = module.model.frozen_features
+        counts = {"read": torch.tensor(features.num_read), "encoded": torch.tensor(features.num_encoded)}
+        torch.save(weights(module) | counts, folder / f"{trainer.global_rank}.pt")
+
+    kept = []
+    for cache in (None, options):
+        folder = tmp_path / f"{cache is None}"
+        folder.mkdir()
+        assert in_two_processes(job, folder, cache) == [0, 0]
+        kept.append([torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)])
+    plain, cached = kept
+    for without, with_cache in zip(plain, cached, strict=True):
+        for counts in (without, with_cache):
+            read, encoded = int(counts.pop("read")), int(counts.pop("encoded"))
+        assert read + encoded in (6, 7, 8) and encoded in (3, 4)
+        assert all(torch.equal(tensor, with_cache[name]) for name, tensor in without.items())
+    assert len(cached_files(options)) == NUM_PICTURES
+
+
+def test_all_kinds_of_media_in_a_row(
+    tiny_llm: Path, tiny_clip: Path, tiny_whisper: Path, options: CacheOptions, tmp_path: Path
+) -> None:
+    """Space-time blocks that train on the frozen features of frames, and give fewer; sounds and clips of two lengths."""
+    rows = write_media_rows(tmp_path / "rows.jsonl", ["iva", "va", "", "ai", "vv", "a", "ia"])
+    counts, runs = [], []
+    for cache in (None, options, options):
+        torch.manual_seed(4)
+        audio_encoder = WhisperEncoder(name_or_path=str(tiny_whisper), layer=2, stack=5)
+        module = make_all(tiny_llm, tiny_clip, tiny_whisper, audio_encoder=audio_encoder, feature_cache=cache)
+        losses: list[float] = []
+        watch = Watch(lambda trainer, _, seen=losses: seen.append(float(trainer.callback_metrics["train/loss"])))
+        trainer = make_trainer(tmp_path, watch, max_epochs=2)
+        trainer.fit(module, make_data(module, rows, batch_size=3, media_cache=cache))
+        features = module.model.frozen_features
+        counts.append((features.num_read, features.num_encoded))
+        runs.append(Run(losses, {"none": 0.0}, weights(module), *counts[-1]))
+    assert_same(runs[1], runs[0])
+    assert_same(runs[2], runs[0])
+    assert counts == [(0, 24), (12, 12), (24, 0)]
+    assert len(cached_files(options)) == 2 * 12
+
+
+def test_a_yaml_sets_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overlay = tmp_path / "caches.yaml"
+    caches = {"model": {"init_args": {"feature_cache": {"folder": "a"}}}, "data": {"init_args": {"media_cache": {"folder": "b"}}}}
+    overlay.write_text(yaml.safe_dump(caches))
+    for more in (
+        ["--config", str(overlay)],
+        ["--model.feature_cache.folder=a", "--data.media_cache.folder=b"],
+    ):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", "configs/sft/tiny.yaml", *more, "--print_config"])
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert config["model"]["init_args"]["feature_cache"] == {"folder": "a", "max_gb": 20.0}
+        assert config["data"]["init_args"]["media_cache"] == {"folder": "b", "max_gb": 20.0}
 
 
 def test_both_caches_at_once(fit: Fit, options: CacheOptions) -> None:
@@ -186,7 +254,7 @@ def test_an_encoder_that_trains_is_not_cached(
     assert_same(fit(module=module(options)), fit(module=module(None)))
     assert not cached_files(options)
     messages = [str(warning.message) for warning in recwarn if "feature_cache" in str(warning.message)]
-    assert len(messages) == 1 and f"image_encoder trains (tune.mode {mode})" in messages[0]
+    assert len(messages) == 1 and "image_encoder computes first is trained" in messages[0]
 
 
 def test_a_frozen_encoder_in_bfloat16_keeps_its_type(fit: Fit, options: CacheOptions, tiny_clip: Path) -> None:
@@ -206,7 +274,7 @@ def test_answers_and_samples_are_the_same(
 ) -> None:
     def answers(cache: CacheOptions | None) -> list[str]:
         torch.manual_seed(4)
-        module = make_lit_module(feature_cache=cache)
+        module = make_lit_module(feature_cache=cache, generation=Generation(max_new_tokens=3))
         predictions: Any = make_trainer(tmp_path).predict(module, make_data(module, rows))
         by_hand = [text for batch in batches(make_data(module, rows), generate=True) for text in module.generate(batch)]
         responses = [row["response"] for batch in predictions for row in batch]

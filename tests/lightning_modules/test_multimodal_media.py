@@ -14,7 +14,7 @@ from datamodules.mixture import MixtureDataModule
 from datamodules.source import Source
 from lightning_modules.losses import AnswerScores
 from lightning_modules.multimodal import MultiModalLitModule, Stage
-from models.multimodal import shuffle_media
+from models.media_shuffle import shuffle_media
 from tests.encoders.audio_fakes import save_audio_model
 from tests.lightning_modules.media_fakes import make_all, write_media_rows
 from tests.lightning_modules.run_fakes import make_trainer

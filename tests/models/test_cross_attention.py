@@ -23,7 +23,8 @@ from models.checkpoint import fingerprints, load_saved, saved_names
 from models.cross_attention import AttendTo, GatedCrossAttentionFusion, gather
 from models.fusion import ConcatFusion, Fusion, PlacedMedia
 from models.language import Generation, LanguageModel
-from models.multimodal import MultiModalModel, shuffle_media
+from models.media_shuffle import shuffle_media
+from models.multimodal import MultiModalModel
 
 FROZEN, FULL = Tune(mode="frozen"), Tune(mode="full")
 LAYOUTS = [[3, "a", 4, "b", 3], [5], ["b", 6], [2, "a", "c", 5]]

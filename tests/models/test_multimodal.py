@@ -11,7 +11,8 @@ from encoders.image import HFVisionEncoder
 from encoders.projectors import MLPProjector, PixelShuffleMLPProjector
 from encoders.tuning import LoRA, Tune
 from models.language import Generation, LanguageModel
-from models.multimodal import MultiModalModel, shuffle_media
+from models.media_shuffle import shuffle_media
+from models.multimodal import MultiModalModel
 
 FROZEN, FULL = Tune(mode="frozen"), Tune(mode="full")
 
