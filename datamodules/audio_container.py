@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.sources import MediaError
-from datamodules.video_file import VIDEO_FORMATS, as_file
+from datamodules.sources import MediaError, as_file
+from datamodules.video_file import VIDEO_FORMATS
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream

@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.audio_container import ContainerReader
-from datamodules.sources import MediaError
-from datamodules.video_file import as_file
+from datamodules.sources import MediaError, as_file
 
 if TYPE_CHECKING:
     from soundfile import SoundFile

@@ -3,7 +3,6 @@
 Shape suffixes: H height, W width.
 """
 
-import io
 import os
 import re
 import struct
@@ -11,7 +10,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
@@ -23,7 +21,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from datamodules.sources import MediaError, MediaRoot, media_name, resolve
+from datamodules.sources import MediaError, MediaRoot, as_file, media_name, resolve
 
 IMAGE_FORMATS: dict[str, tuple[re.Pattern[bytes], type[ImageFile]]] = {
     "JPEG": (re.compile(rb"\xff\xd8\xff"), JpegImageFile),
@@ -120,11 +118,7 @@ def _open_image(source: str, media_root: MediaRoot, limits: ImageLimits) -> Iter
     """Yields the image with its header read and checked; what Pillow then raises for its file is a `MediaError`."""
     name = media_name(source)
     found = resolve(source, media_root, "image", limits.max_bytes)
-    try:
-        file: BinaryIO = io.BytesIO(found) if isinstance(found, bytes) else found.open("rb")
-    except OSError as error:
-        raise MediaError(f"{name} cannot be opened: {error}") from error
-    with file:
+    with as_file(found, name) as file:
         head = file.read(32)
         reader = next((reader for pattern, reader in IMAGE_FORMATS.values() if pattern.match(head)), None)
         if reader is None:

@@ -3,12 +3,14 @@
 import base64
 import contextlib
 import hashlib
+import io
 import os
 import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from datamodules.batch import Modality
@@ -129,6 +131,25 @@ def time_span(name: str, start: float, end: float | None, seconds: float) -> tup
 def full_name(source: str, media_root: MediaRoot) -> str:
     """A name that a medium has in all rows of all sources, found without looking for it."""
     return source if _is_data_uri(source) else os.path.normpath(media_root.path / source)
+
+
+@contextlib.contextmanager
+def as_file(found: Path | bytes, name: str) -> Iterator[BinaryIO]:
+    """Yields a file to read from.
+
+    Args:
+        found: Its path, or its bytes.
+        name: Of the source, for errors.
+
+    Raises:
+        MediaError: It cannot be opened.
+    """
+    try:
+        file: BinaryIO = io.BytesIO(found) if isinstance(found, bytes) else found.open("rb")
+    except OSError as error:
+        raise MediaError(f"{name} cannot be opened: {error}") from error
+    with file:
+        yield file
 
 
 def media_name(source: str) -> str:

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from datamodules.media_image import IMAGE_FORMATS
-from datamodules.sources import MediaError
+from datamodules.sources import MediaError, as_file
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -32,25 +32,6 @@ VIDEO_FORMATS: dict[str, re.Pattern[bytes]] = {
     "gif": re.compile(rb"GIF8[79]a"),
 }
 """What a container starts with, by the name of FFmpeg's reader of it."""
-
-
-@contextmanager
-def as_file(found: Path | bytes, name: str) -> Iterator[BinaryIO]:
-    """Yields a file to read from.
-
-    Args:
-        found: Its path, or its bytes.
-        name: Of the source, for errors.
-
-    Raises:
-        MediaError: It cannot be opened.
-    """
-    try:
-        file: BinaryIO = io.BytesIO(found) if isinstance(found, bytes) else found.open("rb")
-    except OSError as error:
-        raise MediaError(f"{name} cannot be opened: {error}") from error
-    with file:
-        yield file
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from datamodules.sources import MediaError
-from datamodules.video_file import VideoFile, as_file
+from datamodules.sources import MediaError, as_file
+from datamodules.video_file import VideoFile
 from datamodules.video_packets import check_end, display_ticks, read_packets
 from datamodules.video_turn import quarter_turns
 
