@@ -131,14 +131,6 @@ class AudioEncoder(Encoder):
         full, rest = divmod(num_steps, self.transform.window)
         return full * self._num_features(self.transform.window) + (self._num_features(rest) if rest else 0)
 
-    def _num_blocks(self, depth: int) -> int:
-        """How many of the checkpoint's blocks are kept."""
-        if self.layer is None:
-            return depth
-        if abs(self.layer) > depth:
-            raise ValueError(f"layer {self.layer} does not exist in {self.name_or_path}, which has {depth} layers")
-        return self.layer if self.layer > 0 else depth + 1 + self.layer
-
 
 def split_windows(steps_NT: Tensor, size: int) -> Tensor:
     """Steps (N, T, ...) in windows (N, W, `size`, ...); the last one is filled with zeros."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from encoders.audio_base import AudioEncoder
 from encoders.audio_transforms import Samples
-from encoders.hf import load_model, read_config, read_feature_extractor
+from encoders.hf import load_model, num_blocks, read_config, read_feature_extractor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -71,7 +71,7 @@ class Wav2Vec2Encoder(AudioEncoder):
                 raise ValueError(
                     f"{self.name_or_path} has {option} in its config.json, which is not supported: give another checkpoint"
                 )
-        config.num_hidden_layers = self._num_blocks(config.num_hidden_layers)
+        config.num_hidden_layers = num_blocks(self.layer, config.num_hidden_layers, self.name_or_path)
         config.layerdrop = config.mask_time_prob = config.mask_feature_prob = 0.0
         return config
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from encoders.audio_base import AudioEncoder
 from encoders.audio_transforms import LogMel
-from encoders.hf import load_model, read_config, read_feature_extractor
+from encoders.hf import load_model, num_blocks, read_config, read_feature_extractor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -63,7 +63,7 @@ class WhisperEncoder(AudioEncoder):
                 f"name_or_path {self.name_or_path!r} is a model of type {config.model_type!r}, and WhisperEncoder takes whisper: "
                 "give such a checkpoint, or another encoder"
             )
-        config.encoder_layers = self._num_blocks(config.encoder_layers)
+        config.encoder_layers = num_blocks(self.layer, config.encoder_layers, self.name_or_path)
         return config
 
     def build(self) -> None:

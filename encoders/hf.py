@@ -47,6 +47,24 @@ def read_feature_extractor(name_or_path: str) -> dict[str, Any]:
         raise _unreachable(name_or_path, "preprocessor_config.json", error) from error
 
 
+def num_blocks(layer: int | None, depth: int, name_or_path: str) -> int:
+    """How many of a checkpoint's blocks are kept, so that the last one gives the features.
+
+    Args:
+        layer: As an encoder's option: from 1, or from -1, that of the last block; None: all are kept.
+        depth: Blocks that the checkpoint has.
+        name_or_path: The checkpoint, for the error.
+
+    Raises:
+        ValueError: It has no such layer.
+    """
+    if layer is None:
+        return depth
+    if abs(layer) > depth:
+        raise ValueError(f"layer {layer} does not exist in {name_or_path}, which has {depth} layers")
+    return layer if layer > 0 else depth + 1 + layer
+
+
 def load_model(
     model_class: Any,
     name_or_path: str,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from encoders.hf import load_model, read_config
+from encoders.hf import load_model, num_blocks, read_config
 from encoders.image_base import ImageEncoder, ImageTokens
 from encoders.transforms import ImageTransform, default_processor_options, processor_transform
 
@@ -62,9 +62,7 @@ class HFVisionEncoder(ImageEncoder):
             depth = config.to_dict().get("num_hidden_layers")
             if depth is None:
                 raise ValueError(f"{self.name_or_path} ({config.model_type}) has no plain stack of layers: set layer to null")
-            if abs(self.layer) > depth:
-                raise ValueError(f"layer {self.layer} does not exist in {self.name_or_path}, which has {depth} layers")
-            config.num_hidden_layers = self.layer if self.layer > 0 else depth + 1 + self.layer
+            config.num_hidden_layers = num_blocks(self.layer, depth, self.name_or_path)
             config.tie_last_hidden_states = False
         return config
 
