@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from datamodules.batch import IGNORE_INDEX, MODALITIES, Batch
 from encoders.base import Part
+from lightning_modules.idle_parts import is_idle
 
 if TYPE_CHECKING:
     from lightning_modules.multimodal import MultiModalLitModule
@@ -84,7 +85,7 @@ def _report(parts: Mapping[str, Part], batch: Batch, shut: Sequence[str]) -> str
 
 
 def _reached(parts: Mapping[str, Part], batch: Batch) -> str:
-    training = [name for name, part in parts.items() if part.tune.mode != "frozen" and _is_used(name, part, batch)]
+    training = [name for name, part in parts.items() if part.tune.mode != "frozen" and not is_idle(name, part, batch)]
     reached = [name for name in training if not _may_get_zeros(name, parts)]
     return f"gradients reach all that trains of {', '.join(reached)} and nothing that is frozen"
 
@@ -151,7 +152,7 @@ def problem_of_gradients(parts: Mapping[str, Part], batch: Batch, may_overflow: 
     }
     sizes = dict(zip(gradients, _sizes(list(gradients.values())), strict=True))
     for name, parameters in training.items():
-        if not _is_used(name, parts[name], batch):
+        if is_idle(name, parts[name], batch):
             continue
         own = {path: sizes[name, path] for path in parameters if (name, path) in sizes}
         if problem := _not_finite(own) if not may_overflow else "":
@@ -209,16 +210,6 @@ def _teaches_nothing(parameters: Collection[str], sizes: Mapping[str, float], ze
 def _may_get_zeros(name: str, parts: Mapping[str, Part]) -> bool:
     """Whether a part lies before gates that let nothing through yet; only the language model does not."""
     return name != "language_model" and not parts[name].is_shut and any(part.is_shut for part in parts.values())
-
-
-def _is_used(name: str, part: Part, batch: Batch) -> bool:
-    """Whether a batch has the modality of a part, if that is one's encoder or projector, and any at all for the fusion."""
-    if part.is_idle([modality for modality in MODALITIES if modality in batch]):
-        return False
-    slot = name.partition(".")[0]
-    if slot == "fusion":
-        return _has_media(batch)
-    return not any(slot in (f"{modality}_encoder", f"{modality}_projector") for modality in MODALITIES if modality not in batch)
 
 
 def _has_media(batch: Batch) -> bool:

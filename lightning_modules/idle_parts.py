@@ -8,16 +8,26 @@ from encoders.base import Part
 from models.multimodal import MultiModalModel
 
 
-def idle_parts(model: MultiModalModel, batch: Batch) -> list[Part]:
-    """The parts that a batch has no use for: encoder and projector of the modalities that it lacks, and the fusion of none."""
-    if not batch["examples"]:
-        return list(model.slots().values())
-    absent = [modality for modality in MODALITIES if modality not in batch]
-    idle = {f"{modality}_{kind}" for modality in absent for kind in ("encoder", "projector")}
-    if len(absent) == len(MODALITIES):
-        idle.add("fusion")
+def is_idle(name: str, part: Part, batch: Batch) -> bool:
+    """Whether a batch has no use for a part: the encoder or projector of a modality that it lacks, or the fusion of none.
+
+    Args:
+        name: The path of the part, as in `MultiModalModel.parts`; what a part is made of is idle with it.
+        part: The part, which may know more of itself.
+        batch: The batch; it has rows.
+    """
     present = [modality for modality in MODALITIES if modality in batch]
-    return [part for name, part in model.parts().items() if name in idle or part.is_idle(present)]
+    slot = name.partition(".")[0]
+    if slot == "fusion":
+        return not present
+    return part.is_idle(present) or slot in {
+        f"{modality}_{kind}" for modality in MODALITIES if modality not in present for kind in ("encoder", "projector")
+    }
+
+
+def idle_parts(model: MultiModalModel, batch: Batch) -> list[Part]:
+    """The parts that a batch has no use for; all of them, where all its rows were skipped."""
+    return [part for name, part in model.parts().items() if not batch["examples"] or is_idle(name, part, batch)]
 
 
 def touch_idle_parts(loss: Tensor | None, model: MultiModalModel, batch: Batch) -> Tensor:
@@ -32,5 +42,6 @@ def touch_idle_parts(loss: Tensor | None, model: MultiModalModel, batch: Batch) 
         model: The model.
         batch: The batch.
     """
-    zeros = [p.flatten()[:0].sum() for part in idle_parts(model, batch) for p in part.parameters() if p.requires_grad]
+    weights = [weight for part in idle_parts(model, batch) for _, weight in part.own_named_parameters()]
+    zeros = [weight.flatten()[:0].sum() for weight in weights if weight.requires_grad]
     return sum(zeros, torch.zeros((), device=batch["tokens_BT"].device) if loss is None else loss)
