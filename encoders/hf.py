@@ -96,14 +96,23 @@ def load_model(
             )
     except (OSError, SafetensorError) as error:
         raise _unreachable(name_or_path, "readable weights", error) from error
-    wrong = sorted(set(report["missing_keys"]) - unused)
-    wrong += [f"{name} {tuple(saved)} instead of {tuple(own)}" for name, saved, own in sorted(report["mismatched_keys"])]
-    if wrong:
+    if wrong := misfits(report, unused):
         raise ValueError(
             f"the weights of {name_or_path} do not fit {type(model).__name__}: {len(wrong)} tensors are missing or have "
             f"another shape ({', '.join(wrong[:5])}): give a checkpoint of that class, whose config.json belongs to it"
         )
     return model
+
+
+def misfits(report: Mapping[str, Any], unused: Set[str] = frozenset()) -> list[str]:
+    """The weights for which `from_pretrained` drew random ones: those that are missing or have another shape.
+
+    Args:
+        report: What it gives with `output_loading_info`.
+        unused: Parameters that may be missing.
+    """
+    wrong = sorted(set(report["missing_keys"]) - unused)
+    return wrong + [f"{name} {tuple(saved)} instead of {tuple(own)}" for name, saved, own in sorted(report["mismatched_keys"])]
 
 
 def _unreachable(name_or_path: str, what: str, error: Exception) -> ValueError:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from encoders.base import DTYPES, DType, Part
+from encoders.hf import misfits
 from encoders.tuning import Tune
 
 if TYPE_CHECKING:
@@ -134,9 +135,7 @@ class LanguageModel(Part):
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(_not_found(self.name_or_path, error)) from error
         model, report = loaded
-        wrong = sorted(report["missing_keys"])  # transformers draws random weights in their place
-        wrong += [f"{name} {tuple(saved)} instead of {tuple(own)}" for name, saved, own in sorted(report["mismatched_keys"])]
-        if wrong:
+        if wrong := misfits(report):
             raise ValueError(
                 f"language_model.name_or_path: the weights in {self.name_or_path} do not fit its config.json "
                 f"({type(model).__name__}): {len(wrong)} are missing or have another shape, such as {wrong[0]}. "
