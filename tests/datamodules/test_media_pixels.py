@@ -9,26 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageOps
 
 from datamodules.media_image import ImageLimits, MediaError, decode_image, probe_image
 from datamodules.sources import MediaRoot
+from tests.datamodules.image_files import noise, put
 
 LIMITS = ImageLimits()
-
-
-def noise(*shape: int, below: int = 256) -> np.ndarray:
-    return torch.randint(below, shape, generator=torch.Generator().manual_seed(11)).numpy()
-
-
-def put(folder: Path, content: Image.Image | bytes, image_format: str = "", **options: Any) -> str:
-    """Writes a file, and returns it as a source."""
-    if isinstance(content, Image.Image):
-        content.save(folder / "picture", image_format, **options)
-    else:
-        (folder / "picture").write_bytes(content)
-    return "picture"
 
 
 def pixels(folder: Path, content: Image.Image | bytes, image_format: str = "", **options: Any) -> list[list[tuple[int, ...]]]:
