@@ -123,15 +123,16 @@ class _Place:
             ticks = None if keyframe is None else display_ticks(keyframe)
             if keyframe is None or ticks is None:
                 continue
-            self.frames = _whole(self._decode(chain([keyframe], packets), since=ticks), self.video)
+            self.frames = _whole(_since(ticks, chain([keyframe], packets), self.video), self.video)
             if ticks <= time:
                 break
         self.shown, self.after = None, next(self.frames, None)
 
-    def _decode(self, packets: "Iterable[Packet]", since: int) -> "Iterator[VideoFrame]":
-        """Frames from a keyframe on; those that are shown before it need others, from before the jump."""
-        for packet in packets:
-            yield from (frame for frame in packet.decode() if time_of(frame, self.video) >= since)
+
+def _since(ticks: int, packets: "Iterable[Packet]", video: VideoFile) -> "Iterator[VideoFrame]":
+    """Frames from a keyframe on; those that are shown before it need others, from before the jump."""
+    for packet in packets:
+        yield from (frame for frame in packet.decode() if time_of(frame, video) >= ticks)
 
 
 def time_of(frame: "VideoFrame", video: VideoFile) -> int:
@@ -151,7 +152,8 @@ def _whole(frames: "Iterable[VideoFrame]", video: VideoFile) -> "Iterator[VideoF
 
 def _pixels(frame: "VideoFrame", video: VideoFile, header: VideoHeader) -> NDArray[np.uint8]:
     """A decoded frame as pixels_HW3, upright."""
-    pixels_HW3 = np.rot90(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False), header.turns)
+    # FFmpeg would convert by threads, which a frame keeps: in a worker that was forked meanwhile, its end would wait for them
+    pixels_HW3 = np.rot90(frame.to_ndarray(format="rgb24", threads=1).astype(np.uint8, copy=False), header.turns)
     if pixels_HW3.shape[:2] != (header.height, header.width):
         raise MediaError(
             f"{video.name} has a frame of {pixels_HW3.shape[0]} x {pixels_HW3.shape[1]} pixels, but its header says "

@@ -1,5 +1,6 @@
 """Frames are those that are shown at the times that were asked for, whatever the container and the coding, by both readers."""
 
+import gc
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -93,6 +94,20 @@ def test_bytes_are_read_like_files(name: str, written: Callable[[str], VideoFile
     for read in READERS.values():
         ours, theirs = (read(video, read_header(video), [0.2, 1.9]) for video in (held, file))
         assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_reader_leaves_no_frames_to_the_garbage_collector(reader: str, written: Callable[[str], VideoFile]) -> None:
+    """It would free them at any later time, also in a worker that was forked meanwhile."""
+    video = written("even.mp4")
+    header = read_header(video)
+    gc.collect()
+    gc.disable()
+    try:
+        READERS[reader](video, header, [0.1, 2.5])
+        assert not [found for found in gc.get_objects() if isinstance(found, av.VideoFrame)]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("reader", READERS)
