@@ -2,8 +2,9 @@
 
 import logging
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from datamodules.augment import Augment, rng
 from datamodules.batch import MODALITIES, Example, Modality, RowError
@@ -21,6 +22,8 @@ from datamodules.row_dataset import RowDataset, RowKey
 from datamodules.sources import MediaError, MediaRoot
 
 log = logging.getLogger(__name__)
+
+Taken = TypeVar("Taken")
 
 
 class MultiModalDataset(RowDataset):
@@ -114,11 +117,16 @@ class MultiModalDataset(RowDataset):
         return self.processor.num_tokens(medium.modality, shape)
 
     def decode(self, sample: Sample, key: RowKey | None = None) -> dict[Modality, list[tuple[str, Decoded]]]:
+        return self._each_medium(sample, lambda medium, place: self._decode(medium, sample, key, place))
+
+    def _each_medium(self, sample: Sample, take: Callable[[Media, int], Taken]) -> dict[Modality, list[Taken]]:
+        """What `take` makes of each medium of a sample and its place, by modality; the model must take such media."""
         self.processor.check_media(sample)
+        by_modality = {modality: sample.media(modality) for modality in MODALITIES}
         return {
-            modality: [self._decode(medium, sample, key, place) for place, medium in enumerate(sample.media(modality))]
-            for modality in MODALITIES
-            if sample.media(modality)
+            modality: [take(medium, place) for place, medium in enumerate(media)]
+            for modality, media in by_modality.items()
+            if media
         }
 
     def _decode(self, medium: Media, sample: Sample, key: RowKey | None, place: int) -> tuple[str, Decoded]:
@@ -176,12 +184,7 @@ class MultiModalDataset(RowDataset):
     def __getitem__(self, key: int | RowKey) -> Example:
         key = key if isinstance(key, RowKey) else RowKey(key, 0)
         sample = self.sample(key.row)
-        self.processor.check_media(sample)
-        media: dict[Modality, list[tuple[str, Decoded | Prepared]]] = {
-            modality: [self._look_up(medium, sample, key, place) for place, medium in enumerate(sample.media(modality))]
-            for modality in MODALITIES
-            if sample.media(modality)
-        }
+        media = self._each_medium(sample, lambda medium, place: self._look_up(medium, sample, key, place))
         example = self.processor(sample, media, generate=self.generate)
         for modality, augment in self.augment.items():
             for place, item in enumerate(example.media.get(modality, [])):
