@@ -1,7 +1,7 @@
 """What the data side hands to the model side: one `Batch`, written down once.
 
 Shape suffixes: B rows, T tokens, N unique media items, O occurrences of media in the rows, S supervised positions,
-K choices.
+K choices, A answers, P pairs, M pairs of media.
 """
 
 from collections.abc import Sequence
@@ -145,6 +145,31 @@ class MediaBatch(TypedDict):
     inputs: NotRequired[dict[tuple[int, ...], dict[str, Tensor]]]
 
 
+AnswerRole = Literal["chosen", "rejected", "corrupted", "mismatched", "desirable", "undesirable"]
+"""`corrupted` is the chosen answer behind corrupted media, `mismatched` the answer of another row."""
+
+
+class Answers(TypedDict):
+    """The answers that an objective compares, in the order of (row, branch).
+
+    `row_A` and `branch_A` tell where each stands, `roles` what it is, and `keys` has the same text for the same answer behind
+    the same prompt and media, in any run. `pairs_P2` holds the numbers of a chosen and of a rejected answer, with the
+    `margin_P` that the row gives (else 0) and a `weight_P` of 1; of several rejected answers of a row each makes a pair with the
+    chosen one. `media_pairs_M2` holds those of a chosen answer and of its corrupted one. `continues_B` tells which rows of the
+    batch belong to the same row of the data as the one before.
+    """
+
+    row_A: Tensor
+    branch_A: Tensor
+    roles: list[AnswerRole]
+    keys: list[str]
+    pairs_P2: Tensor
+    margin_P: Tensor
+    weight_P: Tensor
+    media_pairs_M2: Tensor
+    continues_B: list[bool]
+
+
 class Batch(TypedDict):
     """A batch. A modality that no row has is absent.
 
@@ -153,6 +178,11 @@ class Batch(TypedDict):
     chosen, padded with -1; a row of -1 means that the answer is open. `num_tokens` counts the tokens that are not padding,
     `num_supervised` the labels with a loss that have a token before them in their row: plain numbers, for which no one
     has to wait for a device. `token_types_BT`, for a ready model, tells text (0) from image (1), video (2) and audio (3).
+
+    Where an objective compares answers, `answers` tells of them, and `branches_BT` has 0 for the tokens of a prompt that answers
+    share (and for padding), else the number of the answer in its row, from 1. A token sees those before it in its segment that
+    have branch 0 or its own. A branch begins with a copy of the last token of its prompt, without a label, so that the token
+    before a label is always the one that predicts it; positions go on from the prompt in each branch.
     """
 
     tokens_BT: Tensor
@@ -169,6 +199,21 @@ class Batch(TypedDict):
     video: NotRequired[MediaBatch]
     audio: NotRequired[MediaBatch]
     token_types_BT: NotRequired[Tensor]
+    branches_BT: NotRequired[Tensor]
+    answers: NotRequired[Answers]
+
+
+def answers_of_positions(batch: Batch) -> Tensor:
+    """The number of the answer that each supervised position belongs to: answer_S, in the order of `losses.supervised`.
+
+    Args:
+        batch: A batch with answers.
+    """
+    answers, branches_BT = batch["answers"], batch["branches_BT"]
+    row_S, before_S = (batch["labels_BT"][:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    num_places = branches_BT.shape[1] + 1  # more than there are branches
+    place_A = answers["row_A"] * num_places + answers["branch_A"]
+    return torch.searchsorted(place_A, row_S * num_places + branches_BT[row_S, before_S + 1])
 
 
 def pad_time(items: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
+from datamodules.answer_form import AnswerForm
 from datamodules.augment import Augment
 from datamodules.batch import Batch, Example, Modality, RowError
 from datamodules.cache import CacheOptions
@@ -44,6 +45,7 @@ class RowDataModule(L.LightningDataModule):
         media_cache: Keeps decoded and transformed media on disk, so that an epoch after the first, or another run, does not
             decode them again; None: does not. Media that are augmented at random are not kept.
         processor: Comes from the model; not set by hand.
+        answer_form: Comes from the model; not set by hand.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class RowDataModule(L.LightningDataModule):
         seed: int = 0,
         media_cache: CacheOptions | None = None,
         processor: Processor | None = None,
+        answer_form: AnswerForm | None = None,
     ) -> None:
         super().__init__()
         check_option("data.max_skipped", max_skipped, "a share of the rows, in [0, 1]", 0 <= max_skipped <= 1)
@@ -72,6 +75,7 @@ class RowDataModule(L.LightningDataModule):
         self.seed = seed
         self.media_cache = media_cache
         self.processor = processor
+        self.answer_form = AnswerForm() if answer_form is None else answer_form
         self.train_loader: StatefulLoader | None = None
         self._resume_state: dict[str, Any] | None = None
         self._loaders: list[RowLoader] = []

@@ -56,6 +56,7 @@ class OmniLitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Links what two parts must agree on, and adds the callbacks that every run has."""
         parser.link_arguments("model.processor", "data.init_args.processor", apply_on="instantiate")
+        parser.link_arguments("model.answer_form", "data.init_args.answer_form", apply_on="instantiate")
         parser.link_arguments("trainer.default_root_dir", "trainer.logger.init_args.save_dir")
         # another seed is another order, split and augmentation too; int, since it may be a bool
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)

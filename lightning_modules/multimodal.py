@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from datamodules.answer_form import AnswerForm
 from datamodules.batch import Batch
 from datamodules.cache import CacheOptions
 from datamodules.prompt_options import PromptOptions
@@ -81,16 +82,8 @@ class MultiModalLitModule(MeasuringLitModule):
         super().__init__()
         if not 0 <= warmup_ratio < 1:
             raise ValueError(f"model.warmup_ratio is a share of the steps, in [0, 1), got {warmup_ratio}")
-        self.model = MultiModalModel(
-            language_model,
-            image_encoder,
-            image_projector,
-            video_encoder,
-            video_projector,
-            audio_encoder,
-            audio_projector,
-            fusion,
-        )
+        image, video = (image_encoder, image_projector), (video_encoder, video_projector)
+        self.model = MultiModalModel(language_model, *image, *video, audio_encoder, audio_projector, fusion)
         self.processor = make_processor(self.model, prompt)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -106,6 +99,11 @@ class MultiModalLitModule(MeasuringLitModule):
         self._fingerprinted: set[str] | None = None
         self._step_start: StepStart | None = None
         self._step_loss = StepLoss()
+
+    @property
+    def answer_form(self) -> AnswerForm:
+        """Which answers of a row the objective wants in an example; the data module gets it."""
+        return AnswerForm()
 
     def setup(self, stage: str) -> None:
         """Tells the data side where features are kept."""
