@@ -6,10 +6,10 @@ The gradient of a chunk is computed while its logits are there, in the forward p
 Shape suffixes: B rows, T tokens, S supervised positions, C a chunk of them, D width, V vocabulary, K choices, 1 one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from datamodules.batch import IGNORE_INDEX
-
-Gradients = dict[Tensor, Tensor]  # the running gradient of each tensor that needs one; tensors hash by identity
+from lightning_modules.head_chunks import (
+    autograd_chunks,
+    capped_logits,
+    check_positions,
+    chunks,
+    is_plain_linear,
+    linear_chunks,
+    product_dtype,
+    wide,
+    zero_gradients,
+)
 
 
 def supervised(hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,17 +82,18 @@ def cross_entropy(
     Raises:
         ValueError: The arguments do not fit together.
     """
-    _check(hidden_SD, labels_S, chunk_size, softcap)
-    inputs = [hidden_SD, *head.parameters()] if torch.is_grad_enabled() else []
-    gradients = {x: torch.zeros_like(x, dtype=_wide(x)) for x in inputs if x.requires_grad}
+    check_positions(hidden_SD, labels_S, chunk_size, softcap)
+    gradients = zero_gradients(hidden_SD, head)
     with torch.no_grad():
-        if _is_plain_linear(head) and softcap is None and scale == 1.0:
-            nll, correct = _linear_chunks(hidden_SD, head, labels_S, chunk_size, gradients)
+        if is_plain_linear(head) and softcap is None and scale == 1.0:
+            nll_S, correct_S = linear_chunks(hidden_SD, head, labels_S, chunk_size, product_dtype(head), gradients)
         else:
-            nll, correct = _autograd_chunks(hidden_SD, partial(_logits, head, softcap, scale), labels_S, chunk_size, gradients)
+            logits = partial(capped_logits, head, softcap, scale)
+            nll_S, correct_S = autograd_chunks(hidden_SD, logits, labels_S, chunk_size, gradients)
+        nll = sum((nll_S[rows].sum() for rows in chunks(len(labels_S), chunk_size)), start=nll_S.new_zeros(()))
     if gradients:
         nll = _WithGradients.apply(nll, [total.to(x.dtype) for x, total in gradients.items()], *gradients)
-    return nll, torch.tensor(len(labels_S), device=hidden_SD.device), {"correct": correct}
+    return nll, torch.tensor(len(labels_S), device=hidden_SD.device), {"correct": correct_S.sum()}
 
 
 @dataclass(frozen=True)
@@ -140,11 +150,11 @@ def score_answers(
     Raises:
         ValueError: The arguments do not fit together.
     """
-    _check(hidden_SD, labels_S, chunk_size, softcap)
+    check_positions(hidden_SD, labels_S, chunk_size, softcap)
     if len(choices_SK) != len(labels_S) or len(row_S) != len(labels_S):
         lengths = f"{len(labels_S)} labels, {len(choices_SK)} rows of choices, {len(row_S)} row numbers"
         raise ValueError(f"got {lengths}: expected one of each for every supervised position, in row-major order")
-    logits = partial(_logits, head, softcap, scale)
+    logits = partial(capped_logits, head, softcap, scale)
     nll_S, exact_S, choice_S = _score_positions(hidden_SD, logits, labels_S, choices_SK, chunk_size)
     if num_rows is None:
         num_rows = int(row_S.max()) + 1 if len(row_S) else 0
@@ -175,81 +185,15 @@ class _WithGradients(torch.autograd.Function):
         return None, None, *(gradient * grad for gradient in ctx.saved_tensors)  # not in place: may run again
 
 
-def _linear_chunks(
-    hidden_SD: Tensor, head: nn.Linear, labels_S: Tensor, chunk_size: int, gradients: Gradients
-) -> tuple[Tensor, Tensor]:
-    """Sum and number correct for a plain linear head; adds to `gradients`."""
-    device = hidden_SD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-    weight_VD = head.weight.to(dtype)
-    nll, correct = hidden_SD.new_zeros((), dtype=_wide(weight_VD)), labels_S.new_zeros(())
-    buffer_CV = weight_VD.new_empty(min(chunk_size, len(labels_S)), len(weight_VD))
-    with torch.autocast(device, enabled=False):
-        for rows in _chunks(len(labels_S), chunk_size):
-            hidden_CD, label_C1 = hidden_SD[rows].to(dtype), labels_S[rows].unsqueeze(1)
-            product_CV = torch.mm(hidden_CD, weight_VD.T, out=buffer_CV[: len(hidden_CD)])
-            logits_CV = product_CV.to(nll.dtype)  # the same tensor, unless the weights have fewer bits
-            if head.bias is not None:
-                logits_CV += head.bias
-            probs_CV, nll_C1, best_C1 = _softmax_(logits_CV, label_C1)
-            nll += nll_C1.sum()
-            correct += (best_C1 == label_C1).sum()
-            if gradients:
-                probs_CV.scatter_add_(1, label_C1, torch.full_like(nll_C1, -1.0))
-                grad_CV = probs_CV.to(dtype)
-                if hidden_SD in gradients:
-                    gradients[hidden_SD][rows] = grad_CV @ weight_VD
-                if head.weight in gradients:
-                    _add_product_(gradients[head.weight], grad_CV.T, hidden_CD)
-                if head.bias is not None and head.bias in gradients:
-                    gradients[head.bias] += probs_CV.sum(0)
-    return nll, correct
-
-
-def _softmax_(logits_CV: Tensor, label_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turns logits into probabilities, in place; returns them with the labels' nll and the likeliest ids."""
-    max_C1, best_C1 = logits_CV.max(1, keepdim=True)
-    label_logit_C1 = logits_CV.gather(1, label_C1)
-    sum_C1 = logits_CV.sub_(max_C1).exp_().sum(1, keepdim=True)
-    return logits_CV.div_(sum_C1), sum_C1.log() + max_C1 - label_logit_C1, best_C1
-
-
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)  # without a temporary as large as the head
-    else:
-        total += left @ right
-
-
-def _autograd_chunks(
-    hidden_SD: Tensor, logits: Callable[[Tensor], Tensor], labels_S: Tensor, chunk_size: int, gradients: Gradients
-) -> tuple[Tensor, Tensor]:
-    """Sum and number correct for any head; adds to `gradients`."""
-    nll, correct = hidden_SD.new_zeros((), dtype=_wide(hidden_SD)), labels_S.new_zeros(())
-    for rows in _chunks(len(labels_S), chunk_size):
-        hidden_CD = hidden_SD[rows].detach().requires_grad_(hidden_SD in gradients)
-        with torch.set_grad_enabled(bool(gradients)):
-            logits_CV = logits(hidden_CD)
-            chunk_nll = F.cross_entropy(logits_CV, labels_S[rows], reduction="sum")
-        nll += chunk_nll.detach()
-        correct += (logits_CV.detach().argmax(1) == labels_S[rows]).sum()
-        if gradients:
-            wanted = [hidden_CD if x is hidden_SD else x for x in gradients]
-            totals = [total[rows] if x is hidden_SD else total for x, total in gradients.items()]
-            for total, gradient in zip(totals, torch.autograd.grad(chunk_nll, wanted, materialize_grads=True), strict=True):
-                total += gradient
-    return nll, correct
-
-
 def _score_positions(
     hidden_SD: Tensor, logits: Callable[[Tensor], Tensor], labels_S: Tensor, choices_SK: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each position: nll, whether the label is the likeliest token, and whether it is the likeliest choice."""
-    nll_S = hidden_SD.new_empty(len(labels_S), dtype=_wide(hidden_SD))
+    nll_S = hidden_SD.new_empty(len(labels_S), dtype=wide(hidden_SD))
     exact_S = torch.empty_like(labels_S, dtype=torch.bool)
     choice_S = torch.empty_like(exact_S)
     choices_SK = F.pad(choices_SK, (0, 1), value=-1)  # so that K is not 0
-    for rows in _chunks(len(labels_S), chunk_size):
+    for rows in chunks(len(labels_S), chunk_size):
         logits_CV, label_C, choices_CK = logits(hidden_SD[rows]), labels_S[rows], choices_SK[rows]
         nll_S[rows] = F.cross_entropy(logits_CV, label_C, reduction="none")
         exact_S[rows] = logits_CV.argmax(1) == label_C
@@ -259,42 +203,5 @@ def _score_positions(
     return nll_S, exact_S, choice_S
 
 
-def _logits(head: nn.Module, softcap: float | None, scale: float, hidden_CD: Tensor) -> Tensor:
-    logits_CV = head(hidden_CD)
-    logits_CV = logits_CV.to(_wide(logits_CV))
-    if scale != 1.0:
-        logits_CV = scale * logits_CV
-    return logits_CV if softcap is None else softcap * torch.tanh(logits_CV / softcap)
-
-
-def _is_plain_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling `head` is one matrix product: no subclass, no quantised or sharded weight, no hooks."""
-    return (
-        type(head) is nn.Linear
-        and type(head.weight) is nn.Parameter
-        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
-    )
-
-
 def _next_labels(labels_BT: Tensor) -> Tensor:
     return F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
-
-
-def _chunks(total: int, chunk_size: int) -> Iterator[slice]:
-    return (slice(start, min(start + chunk_size, total)) for start in range(0, total, chunk_size))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _check(hidden_SD: Tensor, labels_S: Tensor, chunk_size: int, softcap: float | None) -> None:
-    if hidden_SD.ndim != 2 or labels_S.shape != hidden_SD.shape[:1]:
-        shapes = f"{tuple(hidden_SD.shape)} and labels {tuple(labels_S.shape)}"
-        raise ValueError(f"hidden states are {shapes}: expected (S, D) and (S,), as losses.supervised gives them")
-    if (labels_S < 0).any():
-        raise ValueError(f"labels hold {int(labels_S.min())}: expected token ids alone, as losses.supervised gives them")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is a number of positions and must be at least 1, got {chunk_size}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap bounds the logits and must be above 0, got {softcap}; None means no bound")
