@@ -19,6 +19,7 @@ from lightning_modules.callbacks import ProgressBar
 from lightning_modules.checkpoints import CheckpointFile, RunCheckpoint
 from lightning_modules.cli_errors import explain, reason, show_user_errors
 from lightning_modules.cli_yaml import ConfigFile
+from lightning_modules.commands import Command, Setup
 from lightning_modules.samples import SamplePage
 
 __all__ = ["OmniLitCLI", "Parser", "explain", "find_checkpoint", "quiet_lightning", "show_user_errors"]
@@ -45,7 +46,15 @@ class Parser(LightningArgumentParser):
 
 
 class OmniLitCLI(LightningCLI):
-    """LightningCLI whose run folder is `trainer.default_root_dir`, and whose data module gets the model's processor."""
+    """LightningCLI whose run folder is `trainer.default_root_dir`, and whose data module gets the model's processor.
+
+    Args:
+        commands: Subcommands beside those of the trainer, by name; they run without one.
+    """
+
+    def __init__(self, *args: Any, commands: Mapping[str, Command] | None = None, **kwargs: Any) -> None:
+        self.commands = dict(commands or {})
+        super().__init__(*args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """The parser of the program and of each subcommand."""
@@ -64,6 +73,18 @@ class OmniLitCLI(LightningCLI):
         parser.add_lightning_class_args(SamplePage, "samples")
         parser.set_defaults({"trainer.default_root_dir": "runs/default"})
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Adds the trainer's subcommands, then ours: each takes the options of a fit, and the arguments of its function."""
+        super()._add_subcommands(parser, **kwargs)
+        assert parser._subcommands_action is not None
+        for name, command in self.commands.items():
+            first_line = (command.__doc__ or "").partition("\n")[0]
+            subparser = self.init_parser(description=first_line)
+            self._add_arguments(subparser)
+            self._subcommand_method_arguments[name] = subparser.add_function_arguments(command, skip={"setup"})
+            self._subcommand_parsers[name] = subparser
+            parser._subcommands_action.add_subcommand(name, subparser, help=first_line)
+
     def _parse_ckpt_path(self) -> None:
         """Leaves the checkpoint unread: Lightning would look for hyperparameters in it, and ours hold none."""
 
@@ -73,6 +94,8 @@ class OmniLitCLI(LightningCLI):
         Raises:
             ValueError: There is no such checkpoint.
         """
+        if self.subcommand in self.commands:
+            return
         config = self.config[self.subcommand] if self.subcommand is not None else self.config
         if "WANDB_SWEEP_ID" in os.environ and (run_id := os.environ.get("WANDB_RUN_ID")):
             # the agent runs one command again and again and says only here which run this is
@@ -86,15 +109,34 @@ class OmniLitCLI(LightningCLI):
             config.weights_only = True  # a checkpoint is read without running code from it
 
     def instantiate_classes(self) -> None:
-        """Makes the model, the data module and the trainer.
+        """Makes the model, the data module and the trainer; for a command of ours no trainer, and nothing that it would get.
 
         Raises:
             ValueError: An option has a value that its class refuses.
         """
         try:
-            super().instantiate_classes()
+            if self.subcommand in self.commands:
+                self._instantiate_model_and_data(self.subcommand)
+            else:
+                super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
             raise ValueError(reason(error)) from error
+
+    def _instantiate_model_and_data(self, subcommand: str) -> None:
+        config = self.config.clone()
+        del config[subcommand]["trainer"]  # its loggers and callbacks would be made
+        self.config_init = self.parser.instantiate(config, instantiate_groups=False)
+        self.model, self.datamodule = (self.config_init[subcommand][name] for name in ("model", "data"))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs a subcommand, of the trainer or ours."""
+        if subcommand not in self.commands:
+            super()._run_subcommand(subcommand)
+            return
+        names = self._subcommand_method_arguments[subcommand]
+        options = {name: self.config_init[subcommand][name] for name in names}
+        setup = Setup(self.model, self.datamodule, self.config[subcommand].trainer)
+        self.commands[subcommand](setup, **options)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer, with checkpoints that are checked when they are read."""

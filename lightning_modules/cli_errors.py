@@ -38,7 +38,10 @@ def explain(message: str, option_names: Iterable[str]) -> str:
     if value and kinds:
         return f"{place} is {value[1].strip()}, expected {' or '.join(map(_kind, kinds))}"
     reason = " ".join(line.strip() for line in text.splitlines() if line.strip())
-    advice = ". Give a configuration, such as --config configs/sft/tiny.yaml" if "fit.model" in reason else ""
+    if command := re.fullmatch(r"argument subcommand: invalid choice: '(.*?)' \(choose from (.*)\)", reason):
+        commands = re.findall(r"'?([\w-]+)'?", command[2])
+        return f"there is no command {command[1]}: the commands are {', '.join(commands)}{_did_you_mean(command[1], commands)}"
+    advice = ". Give a configuration, such as --config configs/sft/tiny.yaml" if re.search(r"\w\.model\b", reason) else ""
     return (f"{place}: " if place else "") + reason + advice
 
 
@@ -105,6 +108,11 @@ def _nearest(name: str, known: set[str]) -> str | None:
     others = {other for other in known if "." not in other}
     nearest = difflib.get_close_matches(name, siblings, n=1) or difflib.get_close_matches(end, others, n=1)
     return nearest[0] if nearest else None
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f". Did you mean {nearest[0]}?" if nearest else ""
 
 
 def _options(cls: Any, prefix: str = "") -> Iterator[str]:
