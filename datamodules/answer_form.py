@@ -1,7 +1,9 @@
 """What an objective wants an example to be: one answer, a pair of them, or answers with feedback."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from datamodules.corrupt import MediaCorruption
 
 
 @dataclass(frozen=True)
@@ -12,6 +14,7 @@ class AnswerForm:
         kind: `single`: the answer of the row, of a preference row the chosen one. `pairs`: the chosen answer and each rejected
             one. `feedback`: each answer with its label; of a pair the chosen one is desirable, the rejected ones are not.
         corrupt_media: Add the chosen answer behind corrupted media (mDPO, Wang et al. 2024, arXiv 2406.11839).
+        corruption: How they are corrupted. It is drawn from the seed and the row, the same in each epoch.
         mismatched: Add to each row the answers of another row of the batch (KTO's estimate of the divergence, Ethayarajh et
             al. 2024, arXiv 2402.01306, section 4.1).
         shared_prompt: Answers share the tokens of their prompt where they can; False: each answer is a row of its own.
@@ -19,5 +22,6 @@ class AnswerForm:
 
     kind: Literal["single", "pairs", "feedback"] = "single"
     corrupt_media: bool = False
+    corruption: MediaCorruption = field(default_factory=MediaCorruption)
     mismatched: bool = False
     shared_prompt: bool = True

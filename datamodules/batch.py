@@ -92,6 +92,8 @@ class Example:
         num_dropped_tokens: Tokens that `max_length` cut off.
         inputs: What a ready model reads of the row's media, by modality and name of its argument; its items then hold nothing.
         token_types: For a ready model the kind of each token: 0 text, 1 image, 2 video, 3 audio.
+        positions: Position of each token; None: 0, 1, 2, …
+        branches: The answer that each token belongs to, see `Batch`; None: the row has one sequence.
     """
 
     origin: Origin
@@ -105,6 +107,8 @@ class Example:
     num_dropped_tokens: int = 0
     inputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     token_types: list[int] | None = None
+    positions: list[int] | None = None
+    branches: list[int] | None = None
 
 
 class CachedFeatures(TypedDict):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from datamodules.answer_rows import answer_rows
 from datamodules.batch import (
     IGNORE_INDEX,
     MODALITIES,
@@ -23,14 +24,14 @@ from datamodules.batch import (
 
 
 def collate(items: Sequence[Example | RowError], pad_id: int, side: Literal["left", "right"] = "right") -> Batch:
-    """Makes a batch of examples.
+    """Makes a batch of examples. Where answers are compared, one of them may take several rows; see `answer_rows`.
 
     Args:
         items: Examples, and the errors of the rows that gave none.
         pad_id: Token at padded positions; any id that the model can embed.
         side: Where to pad: right for training, left for generation.
     """
-    examples = [item for item in items if isinstance(item, Example)]
+    examples, answers = answer_rows([item for item in items if isinstance(item, Example)])
     length = max((len(example.tokens) for example in examples), default=0)
     shape = (len(examples), length)
     tokens_BT = torch.full(shape, pad_id, dtype=torch.long)
@@ -43,7 +44,7 @@ def collate(items: Sequence[Example | RowError], pad_id: int, side: Literal["lef
         span = slice(start, start + size)
         tokens_BT[row, span] = torch.tensor(example.tokens)
         labels_BT[row, span] = torch.tensor(example.labels)
-        positions_BT[row, span] = torch.arange(size)
+        positions_BT[row, span] = torch.arange(size) if example.positions is None else torch.tensor(example.positions)
         segments_BT[row, span] = 1
     batch = Batch(
         tokens_BT=tokens_BT,
@@ -57,6 +58,11 @@ def collate(items: Sequence[Example | RowError], pad_id: int, side: Literal["lef
         num_supervised=int((labels_BT[:, 1:] != IGNORE_INDEX).sum()),
         num_dropped_tokens=sum(example.num_dropped_tokens for example in examples),
     )
+    if answers is not None:
+        batch["answers"], batch["branches_BT"] = answers, torch.zeros(shape, dtype=torch.long)
+        for row, (example, start) in enumerate(zip(examples, starts, strict=True)):
+            branches = example.branches or []
+            batch["branches_BT"][row, start : start + len(branches)] = torch.tensor(branches)
     for modality in MODALITIES:
         rows = [example.media.get(modality, []) for example in examples]
         if any(rows):

@@ -20,8 +20,9 @@ _SUFFIXES = frozenset({
     "wav", "flac", "mp3", "ogg", "opus", "m4a", "aac", "wma", "aif", "aiff",
 })
 # fmt: on
-_ANSWERS = frozenset({"chosen", "rejected", "rejected_response"})
-"""Columns of preference rows, whose texts may end in any word."""
+_ANSWERS = ("chosen", "rejected", "rejected_response", "rejected_responses", "rejected_messages")
+_OF_PREFERENCES = frozenset([*_ANSWERS, *(f"rejected_{key}" for key in MEDIA_KEYS)])
+"""Columns of preference rows: answers, whose texts may end in any word, and media that are read with them."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def refuse_unread_media(columns: Row) -> None:
         UnusableRowError: A value looks like the path or URI of a picture, video or sound.
     """
     for key, value in columns.items():
-        medium = None if key in _ANSWERS else _find_medium(value)
+        medium = None if key in _OF_PREFERENCES else _find_medium(value)
         if medium is not None:
             raise UnusableRowError(
                 f"{key!r} holds {medium[:60]!r}, which looks like a medium, but is not read: media stand in "

@@ -6,6 +6,7 @@ from typing import Any
 from datamodules.batch import MODALITIES, Modality, Origin, RowError
 from datamodules.content import Content, Media, Piece, Text, is_blank, read_content, read_media, refuse_unread_media
 from datamodules.dialects import Dialect, Role, Turn, recognise
+from datamodules.preference_forms import common_form
 from datamodules.prompt_template import PromptTemplate
 from datamodules.rows import MEDIA_KEYS, Row, UnusableRowError, keys_of, kind_of
 
@@ -90,6 +91,7 @@ def parse_row(
     """
     template = None if prompt_template is None else PromptTemplate(prompt_template)
     try:
+        row = common_form(row, template is not None)
         dialect = recognise(row, template, answer_column)
         read = dialect.consumed.union(MEDIA_KEYS, ("id", "choices"))
         columns = {key: value for key, value in row.items() if key not in read}

@@ -1,11 +1,17 @@
 """Rows of a JSONL file as examples: media found, decoded, augmented and put through the model's processor."""
 
+import contextlib
 import logging
+import random
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from datamodules.answer_examples import answer_example
+from datamodules.answer_form import AnswerForm
+from datamodules.answer_rows import AnswerExample
+from datamodules.answers import Candidates, parse_answers
 from datamodules.augment import Augment, rng
 from datamodules.batch import MODALITIES, Example, Modality, RowError
 from datamodules.cache import CacheOptions
@@ -15,7 +21,7 @@ from datamodules.content import Media
 from datamodules.conversation import Sample, parse_row
 from datamodules.jsonl import JsonlFile
 from datamodules.media import Decoded, MediaLimits, decode, media_key, probe
-from datamodules.parts import Prepared
+from datamodules.parts import Prepared, media_shape
 from datamodules.processor import Processor
 from datamodules.prompt_template import PromptTemplate
 from datamodules.row_dataset import RowDataset, RowKey
@@ -24,6 +30,9 @@ from datamodules.sources import MediaError, MediaRoot
 log = logging.getLogger(__name__)
 
 Taken = TypeVar("Taken")
+
+_TRIES = 20
+"""Rows that are drawn in search of another medium."""
 
 
 class MultiModalDataset(RowDataset):
@@ -41,6 +50,7 @@ class MultiModalDataset(RowDataset):
         generate: Examples end where the answer begins, and rows need no answer.
         limits: How big media may be, before they are decoded.
         name: The name of these rows in a mixture.
+        answer_form: Which answers of a row an example has; not where `generate`.
 
     Raises:
         ValueError: The file, the media root or the prompt template cannot be used.
@@ -59,6 +69,7 @@ class MultiModalDataset(RowDataset):
         generate: bool = False,
         limits: MediaLimits = MediaLimits(),  # it is frozen
         name: str = "",
+        answer_form: AnswerForm = AnswerForm(),  # it is frozen
     ) -> None:
         if prompt_template is not None:
             PromptTemplate(prompt_template)  # what is wrong with it is said here, once, and not in a worker
@@ -74,6 +85,7 @@ class MultiModalDataset(RowDataset):
         self.generate = generate
         self.limits = limits
         self.cached: CachedMedia | None = None
+        self.answer_form = AnswerForm() if generate else answer_form
 
     @property
     def sources(self) -> "Sequence[MultiModalDataset]":
@@ -101,8 +113,30 @@ class MultiModalDataset(RowDataset):
             self.file[line], self.file.origin(line), prompt_template=self.prompt_template, require_answer=not self.generate
         )
 
+    def candidates(self, row: int) -> Candidates:
+        """The answers of row number `row` that the objective compares, without their media.
+
+        Raises:
+            RowError: The row is malformed, or has no such answers.
+        """
+        assert self.answer_form.kind != "single", "the objective compares no answers"
+        line = self.rows[row]
+        return parse_answers(self.file[line], self.file.origin(line), self.answer_form.kind, self.prompt_template)
+
+    def samples(self, row: int) -> list[Sample]:
+        """The conversations of row number `row`: of each answer that is compared, else the one.
+
+        Raises:
+            RowError: The row is malformed.
+        """
+        if self.answer_form.kind == "single":
+            return [self.sample(row)]
+        return [answer.sample for answer in self.candidates(row).answers]
+
     def num_tokens(self, row: int) -> int:
-        sample = self.sample(row)
+        return sum(map(self._length, self.samples(row)))
+
+    def _length(self, sample: Sample) -> int:
         self.processor.check_media(sample)
         num_tokens = {
             modality: [self._num_tokens(medium, sample) for medium in sample.media(modality)] for modality in MODALITIES
@@ -183,6 +217,8 @@ class MultiModalDataset(RowDataset):
 
     def __getitem__(self, key: int | RowKey) -> Example:
         key = key if isinstance(key, RowKey) else RowKey(key, 0)
+        if self.answer_form.kind != "single":
+            return self._answers(key)
         sample = self.sample(key.row)
         media = self._each_medium(sample, lambda medium, place: self._look_up(medium, sample, key, place))
         example = self.processor(sample, media, generate=self.generate)
@@ -191,3 +227,47 @@ class MultiModalDataset(RowDataset):
                 generator = rng(self.seed, key.epoch, self.rows[key.row], place, stage=1)
                 item.media = augment.change_tensor(item.media, generator)
         return example
+
+    def _answers(self, key: RowKey) -> AnswerExample:
+        candidates = self.candidates(key.row)
+        taken: dict[tuple[Modality, int], tuple[str, Decoded | Prepared]] = {}
+
+        def take(medium: Media, place: int) -> tuple[str, Decoded | Prepared]:
+            taken[medium.modality, place] = content, found = self._look_up(medium, candidates.sample, key, place)
+            return content, self._transformed(found, medium.modality, key, place)
+
+        def corrupt(medium: Media, place: int) -> tuple[str, Decoded | Prepared]:
+            content, found = taken[medium.modality, place]
+            if isinstance(found, Prepared):  # its pixels were not looked at
+                found = self._decode(medium, candidates.sample, key, place)[1]
+            row, corruption = self.rows[key.row], self.answer_form.corruption
+            generator = rng(self.seed, 0, row, place, stage=2)
+            if medium.modality == "image" and corruption.image == "other":
+                wrong = self._other(medium, candidates.sample, generator)
+            else:
+                wrong = corruption(found, generator)
+            return f"{content}~{self.name}.{self.seed}.{row}.{place}", self._transformed(wrong, medium.modality, key, place)
+
+        return answer_example(candidates, self.processor, self.answer_form, take, corrupt)
+
+    def _transformed(self, found: Decoded | Prepared, modality: Modality, key: RowKey, place: int) -> Decoded | Prepared:
+        """What the processor takes: one tensor, however many answers stand behind it; a ready model transforms itself."""
+        if isinstance(found, Prepared) or not self.processor.takes_prepared:
+            return found
+        encoder = self.processor.encoders[modality]
+        tensor = encoder.transform(found)
+        if (augment := self.augment.get(modality)) is not None:
+            tensor = augment.change_tensor(tensor, rng(self.seed, key.epoch, self.rows[key.row], place, stage=1))
+        return Prepared(tensor, encoder.num_tokens(media_shape(found)))
+
+    def _other(self, medium: Media, sample: Sample, generator: random.Random) -> Decoded:
+        """A medium of the same kind from another row, drawn at random."""
+        for _ in range(_TRIES):
+            row = generator.randrange(len(self))
+            with contextlib.suppress(RowError):  # one of many: its own turn names it
+                others = [other for other in self.sample(row).media(medium.modality) if other != medium]
+                if others:
+                    return self._decode(others[0], sample, None, 0)[1]
+        raise RowError(
+            sample.origin, f"none of {_TRIES} rows drawn at random has another {medium.modality} to corrupt this one with"
+        )

@@ -38,6 +38,7 @@ class Dialect:
         consumed: Keys that become part of the conversation.
         key: The key by which a row of this form is known; empty for flat rows, which have no key of their own.
         example: What such a row looks like, for errors.
+        answer_key: The key that holds the answer alone; empty for lists of messages.
         implied_media: Which media may lack a placeholder and then stand before the first user text: `none`, the row's
             `only` one, or `all`.
     """
@@ -47,6 +48,7 @@ class Dialect:
     consumed: frozenset[str]
     key: str = ""
     example: str = ""
+    answer_key: str = ""
     implied_media: Literal["none", "only", "all"] = "none"
 
 
@@ -61,10 +63,13 @@ def recognise(row: Row, template: PromptTemplate | None, answer_column: str) -> 
         if row.get(dialect.key) is not None:
             return dialect
     if template is not None:
+        if row.get(answer_column) is None and row.get("chosen") is not None:
+            answer_column = "chosen"
         return Dialect(
             answer=f"the column {answer_column!r}",
             read=partial(_read_flat, template=template, answer_column=answer_column),
             consumed=template.columns | {answer_column, "history", "system"},
+            answer_key=answer_column,
             implied_media="all",
         )
     forms = "; ".join(dialect.example for dialect in known)
@@ -124,19 +129,19 @@ def _read_flat(row: Row, template: PromptTemplate, answer_column: str) -> list[T
     return turns
 
 
-def _read_chosen(row: Row) -> list[Turn]:
-    if row.get("prompt") is None and not isinstance(row["chosen"], list):
+def _read_prompted(row: Row, key: str) -> list[Turn]:
+    if row.get("prompt") is None and not isinstance(row[key], list):
         raise UnusableRowError(
-            f"'chosen' is {kind_of(row['chosen'])} and there is no 'prompt': give the question in 'prompt', "
-            "or the whole conversation in 'chosen' as a list of messages"
+            f"{key!r} is {kind_of(row[key])} and there is no 'prompt': give the question in 'prompt', "
+            f"or the whole conversation in {key!r} as a list of messages"
         )
     prompt = _read_side(row, "prompt", "user") if row.get("prompt") is not None else []
     asked = [replace(turn, loss=bool(turn.loss)) for turn in prompt]  # earlier answers in it are given, and not preferred
-    return [*_read_system(row), *_read_history(row), *asked, *_read_side(row, "chosen", "assistant")]
+    return [*_read_system(row), *_read_history(row), *asked, *_read_side(row, key, "assistant")]
 
 
 def _read_side(row: Row, key: str, role: Role) -> list[Turn]:
-    """A part of a preference row: a text by `role`, or a list of messages."""
+    """A part of a row with a prompt: a text by `role`, or a list of messages."""
     if isinstance(row[key], str):
         return [_turn(row, key, role)]
     return _read_messages(row, key, f" of {key!r}", "role", "content", _NATIVE_ROLES)
@@ -210,6 +215,7 @@ COLUMN_FORMS = (
         example='{"query": …, "response": …}, and if need be "history" and "system"',
         answer="the key 'response'",
         read=_read_query,
+        answer_key="response",
         consumed=frozenset({"query", "response", "history", "system"}),
     ),
     Dialect(
@@ -217,14 +223,25 @@ COLUMN_FORMS = (
         example='{"instruction": …, "input": …, "output": …}, and if need be "history" and "system"',
         answer="the key 'output'",
         read=_read_alpaca,
+        answer_key="output",
         consumed=frozenset({"instruction", "input", "output", "history", "system"}),
     ),
     Dialect(
         key="chosen",
         example='{"prompt": …, "chosen": …, "rejected": …}, texts or lists of messages; or whole conversations without "prompt"',
         answer="an assistant's message at the end of 'chosen'",
-        read=_read_chosen,
+        read=partial(_read_prompted, key="chosen"),
+        answer_key="chosen",
         consumed=frozenset({"prompt", "history", "system"}),  # both sides stay as they are, for what compares them
+        implied_media="only",
+    ),
+    Dialect(
+        key="completion",
+        example='{"prompt": …, "completion": …}, texts or lists of messages, and if need be "label"',
+        answer="an assistant's message at the end of 'completion'",
+        read=partial(_read_prompted, key="completion"),
+        answer_key="completion",
+        consumed=frozenset({"prompt", "completion", "history", "system"}),
         implied_media="only",
     ),
 )

@@ -117,6 +117,8 @@ class RowLoader:
     def _start(self) -> DataLoader[Batch]:
         for source in self.dataset.sources:
             source.open_caches(self.media_cache)
+        if self.batches.batch_size == 1 and any(source.answer_form.mismatched for source in self.dataset.sources):
+            log.warning("data.batch_size is 1, so that no row gets the answer of another: the divergence is not estimated")
         return DataLoader(
             self.dataset,  # type: ignore[arg-type]  # the collate function makes batches of its examples
             batch_sampler=self.batches,
@@ -133,11 +135,13 @@ class RowLoader:
         self.counts.update(_key("skipped", error.origin.source) for error in batch["skipped"])
         for name, skipped in self.skipped.items():
             skipped.add([error for error in batch["skipped"] if error.origin.source == name])
-        self.counts.update(_key("trained", example.get("source", "")) for example in batch["examples"])
+        continues_B = batch["answers"]["continues_B"] if "answers" in batch else [False] * len(batch["examples"])
+        first_rows = [row for row, continues in enumerate(continues_B) if not continues]
+        self.counts.update(_key("trained", batch["examples"][row].get("source", "")) for row in first_rows)
         self.counts["dropped_tokens"] += batch["num_dropped_tokens"]
         for modality in MODALITIES:
             if modality in batch:
-                self.counts[modality] += len(batch[modality]["item_O"])
+                self.counts[modality] += int(torch.isin(batch[modality]["row_O"], torch.tensor(first_rows)).sum())
         self.rows.batch += 1
         if (dropped := self.counts["dropped_tokens"]) >= self._next_report:
             log.warning("%d token(s) cut from answers in this epoch, since prompt.on_too_long is cut", dropped)

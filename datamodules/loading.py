@@ -120,7 +120,7 @@ class RowDataModule(L.LightningDataModule):
             raise ValueError(f"{option}.{source.path_option(split)}: {error}") from error
         processor, augment = self._processor(), self.augments(name) if split == "train" else None
         try:
-            return source.dataset(split, processor, augment, name, self.seed, rows)
+            return source.dataset(split, processor, augment, name, self.seed, rows, self.answer_form)
         except ValueError as error:
             raise ValueError(f"{option}: {error}" if name else str(error)) from error
 

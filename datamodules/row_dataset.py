@@ -68,6 +68,8 @@ class RowDataset(Dataset[Example]):
     def num_tokens(self, row: int) -> int:
         """Length of the example of a row, without augmentation, from its text and the headers of its media alone.
 
+        Where answers are compared it is that of all of them, each with a prompt of its own.
+
         Raises:
             RowError: The row cannot be used.
         """

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from datamodules.answer_form import AnswerForm
 from datamodules.augment import Augment, ImageAugment
 from datamodules.augment_audio import AudioAugment
 from datamodules.augment_video import VideoAugment
@@ -110,6 +111,7 @@ class Source:
         name: str = "",
         seed: int = 0,
         rows: Sequence[int] | None = None,
+        answer_form: AnswerForm = AnswerForm(),  # it is frozen
     ) -> MultiModalDataset:
         """The rows of a split.
 
@@ -120,6 +122,7 @@ class Source:
             name: The name of the source in a mixture.
             seed: Seed of the run.
             rows: Which rows of the file; None: all.
+            answer_form: Which answers of a row an example has.
 
         Raises:
             ValueError: The file, the media root or the prompt template cannot be used.
@@ -137,6 +140,7 @@ class Source:
             generate=split == "predict",
             limits=self.limits,
             name=name,
+            answer_form=answer_form,
         )
 
 

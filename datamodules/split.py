@@ -47,11 +47,11 @@ def _media_of_rows(dataset: MultiModalDataset) -> Iterator[list[str]]:
     """The names of each row's media; none for a row that cannot be used."""
     for row in range(len(dataset)):
         try:
-            sample = dataset.sample(row)
+            samples = dataset.samples(row)
         except RowError:  # its loader names it
             yield []
         else:
-            media = [medium for modality in MODALITIES for medium in sample.media(modality)]
+            media = [medium for sample in samples for modality in MODALITIES for medium in sample.media(modality)]
             yield [full_name(file, dataset.media_root) for medium in media for file in medium.files]
 
 
