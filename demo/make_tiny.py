@@ -29,6 +29,12 @@ def draw(path: Path, colour: str, shape: str, generator: random.Random) -> None:
     image.save(path, optimize=True)
 
 
+def another(answers: list[str], right: str, number: int) -> str:
+    """An answer that is wrong, each of them in turn; supervised training does not look at it."""
+    wrong = [answer for answer in answers if answer != right]
+    return wrong[number % len(wrong)]
+
+
 def write_rows(name: str, per_kind: int, generator: random.Random) -> None:
     """Rows with `per_kind` pictures of each colour and shape."""
     rows = []
@@ -41,7 +47,9 @@ def write_rows(name: str, per_kind: int, generator: random.Random) -> None:
                     {"role": "user", "content": "<image>Which colour?"},
                     {"role": "assistant", "content": colour},
                 ]
-                rows.append({"messages": messages, "images": [picture], "choices": list(COLOURS)})
+                wrong = another(list(COLOURS), colour, number)
+                row = {"messages": messages, "rejected_response": wrong, "images": [picture], "choices": list(COLOURS)}
+                rows.append(row)
     generator.shuffle(rows)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (FOLDER / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from demo.make_tiny import COLOURS
+from demo.make_tiny import COLOURS, another
 
 FOLDER = Path(__file__).parent / "tiny"
 DIRECTIONS = {"left": (-2, 0), "right": (2, 0), "up": (0, -2), "down": (0, 2)}
@@ -70,7 +70,8 @@ def write_rows(
             name = f"{split}-{answer}-{number}.{suffix}"
             make(FOLDER / folder / name, answer, generator)
             messages = [{"role": "user", "content": f"<{key}>{question}"}, {"role": "assistant", "content": answer}]
-            rows.append({"messages": messages, f"{key}s": [name], "choices": answers})
+            wrong = another(answers, answer, number // len(answers))
+            rows.append({"messages": messages, "rejected_response": wrong, f"{key}s": [name], "choices": answers})
         generator.shuffle(rows)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (FOLDER / folder / f"{split}.jsonl").write_text(text, encoding="utf-8")

@@ -3,10 +3,13 @@
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def apply_tune(tune: Tune, module: nn.Module, part: str, but: Collection[str] = 
         module.to(torch.float32)
     if tune.mode != "lora":
         return
-    from peft import LoraConfig, inject_adapter_in_model  # 5 CPU-seconds to import: only where it is used
+    from peft import inject_adapter_in_model  # 5 CPU-seconds to import: only where it is used
 
     lora = tune.lora
     spared = tuple(f"{name}." for name in but)
@@ -93,20 +96,32 @@ def apply_tune(tune: Tune, module: nn.Module, part: str, but: Collection[str] = 
                 f"{part}: lora.target_modules names {target!r}, but no layer of the model has that name. "
                 f"Its linear layers are called: {', '.join(linear) or 'none'}"
             )
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by it: any number does
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
-        exclude_modules="|".join(rf"{re.escape(name)}(\..*)?" for name in but) or None,
-        use_dora=lora.use_dora,
-        use_rslora=lora.use_rslora,
-    )
     try:
-        inject_adapter_in_model(config, module)
+        inject_adapter_in_model(lora_config(lora, lora.target_modules, but), module)
     except ValueError as error:
         raise ValueError(f"{part}: lora.target_modules {list(lora.target_modules)} cannot be adapted: {error}") from error
     for name, parameter in module.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+
+
+def lora_config(lora: LoRA, layers: Collection[str], but: Collection[str] = ()) -> "LoraConfig":
+    """What PEFT makes adapters of.
+
+    Args:
+        lora: The options.
+        layers: Ends of the names of the layers to adapt.
+        but: Names of modules within which there are to be none.
+    """
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by it: any number does
+        lora_dropout=lora.dropout,
+        target_modules=list(layers),
+        exclude_modules="|".join(rf"{re.escape(name)}(\..*)?" for name in but) or None,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+    )

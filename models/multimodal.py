@@ -176,23 +176,38 @@ class MultiModalModel(nn.Module):
         load_saved(model, checkpoint["state_dict"], checkpoint["fingerprints"])
         return model.eval()
 
-    def encode(self, batch: Batch) -> EncodedMedia:
+    def features(self, batch: Batch) -> EncodedMedia:
+        """What frozen encoders make of the unique media of the batch, without autograd; what other encoders make is left out."""
+        features: EncodedMedia = {}
+        for modality in MODALITIES:
+            if modality in batch and not isinstance(self.language_model, PretrainedMLLM):
+                encoder, _ = self.tower(modality)
+                if encoder.has_frozen_features and not batch[modality]["media"].requires_grad:
+                    features[modality] = self.frozen_features(encoder, batch[modality])
+        return features
+
+    def encode(self, batch: Batch, features: EncodedMedia | None = None, known: EncodedMedia | None = None) -> EncodedMedia:
         """Encodes and projects each unique medium of the batch once; frozen encoders run without autograd.
 
         A ready model does it itself, whenever it reads a batch: there is nothing to be encoded before.
+
+        Args:
+            batch: What the data side made.
+            features: What `features` gave for the batch, where it was called already.
+            known: Modalities that are encoded already; they are taken as they are.
         """
-        encoded: EncodedMedia = {}
+        encoded: EncodedMedia = dict(known or {})
         if isinstance(self.language_model, PretrainedMLLM):
             return encoded
+        features = self.features(batch) if features is None else features
         for modality in MODALITIES:
-            if modality not in batch:
+            if modality not in batch or modality in encoded:
                 continue
-            media = batch[modality]
             encoder, projector = self.tower(modality)
-            if encoder.has_frozen_features and not media["media"].requires_grad:
-                features_NLD, mask_NL = encoder.refine(*self.frozen_features(encoder, media))
+            if modality in features:
+                features_NLD, mask_NL = encoder.refine(*features[modality])
             else:
-                features_NLD, mask_NL = encoder(media["media"], media["mask"])
+                features_NLD, mask_NL = encoder(batch[modality]["media"], batch[modality]["mask"])
             encoded[modality] = projector(features_NLD, mask_NL)
         return encoded
 
