@@ -39,7 +39,7 @@ class TokenScores:
         logps_S: Log-probability of the label (nats).
         correct_S: Whether the label is the likeliest token.
         statistics: Of each position, by name: `entropy` of the next token (nats), `log_square`, the logarithm of the sum over
-            the vocabulary of p squared (WPO, arXiv 2406.11827, section 3.2), `mean_logit` over the vocabulary.
+            the vocabulary of p squared (WPO, arXiv 2406.11827), `mean_logit` over the vocabulary.
     """
 
     logps_S: Tensor
@@ -228,7 +228,7 @@ class AnswerLogps:
 
         Args:
             weight_S: Factor of each token's log-probability, such as the larger one of corrected tokens in RLHF-V
-                (arXiv 2312.00849, equation 3); None: 1.
+                (arXiv 2312.00849); None: 1.
         """
         values_S = self.logps_S if weight_S is None else weight_S * self.logps_S
         return values_S.new_zeros(self.num_answers).index_add(0, self.answer_S, values_S)
