@@ -107,6 +107,8 @@ def problem_of_labels(batch: Batch, eos_ids: set[int]) -> str:
         )
     same_next_BT = torch.zeros_like(supervised_BT)
     same_next_BT[:, :-1] = segments_BT[:, :-1] == segments_BT[:, 1:]
+    if "branches_BT" in batch:
+        same_next_BT[:, :-1] &= batch["branches_BT"][:, :-1] == batch["branches_BT"][:, 1:]
     next_BT = supervised_BT.roll(-1, dims=1) & same_next_BT
     ends_BT = supervised_BT & ~next_BT
     if batch["num_dropped_tokens"]:  # an answer that max_length cut, at the end of its sample, has lost its end token

@@ -33,7 +33,7 @@ class GatedCrossAttentionFusion(Fusion):
     than the language model's context could hold. As in Llama 3.2, a token without media before it skips the block: text alone
     is always answered as by the language model.
 
-    Media and tokens of different samples that are packed into one row do not see each other.
+    Media and tokens of different samples that are packed into one row do not see each other, nor those of different answers.
 
     Args:
         every: A block stands before each layer whose number, counted from 1, is a multiple of this. Flamingo has 1, 4 or 7,
@@ -89,7 +89,12 @@ class GatedCrossAttentionFusion(Fusion):
 
     @contextmanager
     def fuse(
-        self, language_model: "LanguageModel", embeddings_BTD: Tensor, segments_BT: Tensor, media: Sequence[PlacedMedia]
+        self,
+        language_model: "LanguageModel",
+        embeddings_BTD: Tensor,
+        segments_BT: Tensor,
+        media: Sequence[PlacedMedia],
+        branches_BT: Tensor | None = None,
     ) -> Iterator[Tensor]:
         for placed in media:
             _check_no_placeholders(placed)
@@ -100,7 +105,7 @@ class GatedCrossAttentionFusion(Fusion):
             raise RuntimeError(
                 "the model is in the middle of a batch with media: give it one at a time, also from several threads"
             )
-        memory = gather(media, segments_BT, self.attend_to)
+        memory = gather(media, segments_BT, self.attend_to, branches_BT)
         layers = language_model.decoder_layers
         hooks = []
         self._is_open = True
@@ -163,6 +168,8 @@ class Memory:
         segment_BK: The sample that each belongs to; 0 is padding.
         segments_BT: The samples that the tokens of the row belong to.
         attend_to: See `GatedCrossAttentionFusion`.
+        branch_BK: The answer in the row that each belongs to; 0: all of the sample. None: there are no answers.
+        branches_BT: The answers that the tokens of the row belong to.
     """
 
     embeddings_BKD: Tensor
@@ -170,6 +177,8 @@ class Memory:
     segment_BK: Tensor
     segments_BT: Tensor
     attend_to: AttendTo
+    branch_BK: Tensor | None = None
+    branches_BT: Tensor | None = None
     _seen: tuple[int, Tensor] | None = None
 
     def seen_by(self, num_tokens: int) -> Tensor:
@@ -188,22 +197,26 @@ class Memory:
         assert num_tokens >= known or num_tokens == 1, f"{num_tokens} of {known} tokens: it is not known which they are"
         first = 0 if num_tokens >= known else known
         position_T = torch.arange(first, first + num_tokens, device=self.segments_BT.device)
-        segment_BT1 = self.segments_BT[:, position_T.clamp(max=known - 1), None]  # what is generated goes on with the last sample
+        known_T = position_T.clamp(max=known - 1)
+        segment_BT1 = self.segments_BT[:, known_T, None]  # what is generated goes on with the last sample
         before_BTK = self.position_BK[:, None] <= position_T[:, None]
         sees_BTK = before_BTK & (self.segment_BK[:, None] == segment_BT1) & (segment_BT1 > 0)
+        if self.branches_BT is not None and self.branch_BK is not None:
+            sees_BTK &= (self.branch_BK[:, None] == 0) | (self.branch_BK[:, None] == self.branches_BT[:, known_T, None])
         if self.attend_to == "last":
             position_BTK = self.position_BK[:, None].where(sees_BTK, -1)
             sees_BTK &= position_BTK == position_BTK.amax(-1, keepdim=True)
         return sees_BTK
 
 
-def gather(media: Sequence[PlacedMedia], segments_BT: Tensor, attend_to: AttendTo) -> Memory:
+def gather(media: Sequence[PlacedMedia], segments_BT: Tensor, attend_to: AttendTo, branches_BT: Tensor | None = None) -> Memory:
     """Brings the media of each row together, whatever their modality; each belongs to the sample of the token after it.
 
     Args:
         media: At least one modality's.
         segments_BT: The sample in the row that a token belongs to.
         attend_to: See `GatedCrossAttentionFusion`.
+        branches_BT: The answer in the row that a token belongs to.
     """
     embeddings_PD = torch.cat([_real(placed.embeddings_OMD, placed) for placed in media])
     row_P = torch.cat([_real(placed.row_O[:, None], placed) for placed in media])
@@ -215,13 +228,19 @@ def gather(media: Sequence[PlacedMedia], segments_BT: Tensor, attend_to: AttendT
 
     shape = (len(segments_BT), int(num_B.max()))
     position_BK = position_P.new_zeros(shape).index_put(place, position_P[order_P])
-    segment_P = segments_BT[row_P, position_P[order_P].clamp(max=segments_BT.shape[1] - 1)]
+    token_P = row_P, position_P[order_P].clamp(max=segments_BT.shape[1] - 1)
+    segment_P = segments_BT[token_P]
+    branch_BK = None
+    if branches_BT is not None:
+        branch_BK = branches_BT.new_zeros(shape).index_put(place, branches_BT[token_P])
     return Memory(
         embeddings_BKD=embeddings_PD.new_zeros(*shape, embeddings_PD.shape[-1]).index_put(place, embeddings_PD[order_P]),
         position_BK=position_BK,
         segment_BK=segments_BT.new_zeros(shape).index_put(place, segment_P),
         segments_BT=segments_BT,
         attend_to=attend_to,
+        branch_BK=branch_BK,
+        branches_BT=branches_BT,
     )
 
 

@@ -47,7 +47,12 @@ class Fusion(Part):
 
     @abstractmethod
     def fuse(
-        self, language_model: "LanguageModel", embeddings_BTD: Tensor, segments_BT: Tensor, media: Sequence[PlacedMedia]
+        self,
+        language_model: "LanguageModel",
+        embeddings_BTD: Tensor,
+        segments_BT: Tensor,
+        media: Sequence[PlacedMedia],
+        branches_BT: Tensor | None = None,
     ) -> AbstractContextManager[Tensor]:
         """Lets the language model see media for as long as the context lasts; nothing of them stays behind.
 
@@ -56,6 +61,7 @@ class Fusion(Part):
             embeddings_BTD: The embedded tokens; those of placeholders mean nothing.
             segments_BT: The sample in the row that a token belongs to, from 1; 0 is padding.
             media: Those of the batch, by modality.
+            branches_BT: The answer in the row that a token belongs to, from 1; 0: all of the sample. None: no answers.
 
         Returns:
             A context, as which the embeddings come that the language model takes inside of it.
@@ -82,7 +88,12 @@ class ConcatFusion(Fusion):
 
     @contextmanager
     def fuse(
-        self, language_model: "LanguageModel", embeddings_BTD: Tensor, segments_BT: Tensor, media: Sequence[PlacedMedia]
+        self,
+        language_model: "LanguageModel",
+        embeddings_BTD: Tensor,
+        segments_BT: Tensor,
+        media: Sequence[PlacedMedia],
+        branches_BT: Tensor | None = None,
     ) -> Iterator[Tensor]:
         for placed in media:
             embeddings_BTD = concatenate(embeddings_BTD, placed)

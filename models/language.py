@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from encoders.base import DTYPES, DType, Part
 from encoders.hf import misfits
 from encoders.tuning import Tune
+from models.attention_mask import mask_for
+from models.branches import can_branch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -184,19 +186,26 @@ class LanguageModel(Part):
         """Embeds token ids: embeddings_BTD."""
         return self.model.get_input_embeddings()(tokens_BT)
 
-    def forward(self, embeddings_BTD: Tensor, segments_BT: Tensor, positions_BT: Tensor) -> Tensor:
+    @cached_property
+    def takes_branches(self) -> bool:
+        """Whether answers that share their prompt in a row give what each gives alone; see `can_branch`."""
+        return can_branch(self)
+
+    def forward(
+        self, embeddings_BTD: Tensor, segments_BT: Tensor, positions_BT: Tensor, branches_BT: Tensor | None = None
+    ) -> Tensor:
         """Last hidden states, after the final norm: what the head takes.
 
         Args:
             embeddings_BTD: Embedded tokens, media features written in.
-            segments_BT: 0 where a position is padding, else 1.
+            segments_BT: 0 where a position is padding, else the number of the sample.
             positions_BT: Position of each token in its sample.
+            branches_BT: The answer that a token belongs to, see `Batch`; None: there are none. More than one in a row only
+                where `takes_branches`.
         """
-        lowest, highest = segments_BT.aminmax()
-        assert highest <= 1, "samples that share a row would attend to each other"
-        mask_BT = None if lowest > 0 else segments_BT
+        mask = mask_for(self.model.config, segments_BT, branches_BT, positions_BT, embeddings_BTD.dtype)
         output = self.model.base_model(
-            inputs_embeds=embeddings_BTD, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False
+            inputs_embeds=embeddings_BTD, attention_mask=mask, position_ids=positions_BT, use_cache=False
         )
         return output.last_hidden_state
 

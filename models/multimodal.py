@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from datamodules.batch import MODALITIES, Batch, Modality
 from encoders.base import Encoder, Part, Projector
+from models.branches import has_branches, take_apart
 from models.checkpoint import load_saved, read_checkpoint
 from models.features import FrozenFeatures
 from models.fusion import ConcatFusion, Fusion, PlacedMedia
@@ -239,19 +240,25 @@ class MultiModalModel(nn.Module):
                 )
             )
         embeddings_BTD = self.language_model.embed(tokens_BT.masked_fill(is_media_BT, 0))
-        return self.fusion.fuse(self.language_model, embeddings_BTD, batch["segments_BT"], placed)
+        return self.fusion.fuse(self.language_model, embeddings_BTD, batch["segments_BT"], placed, batch.get("branches_BT"))
 
     def forward(self, batch: Batch, encoded: EncodedMedia | None = None) -> Tensor:
         """Last hidden states of the language model, hidden_BTD; no logits.
+
+        Answers that share a row share its prompt where the language model can keep them apart, else each is read in a row of its
+        own: the result is the same, at the same places.
 
         Args:
             batch: What the data side made.
             encoded: Its media, where they are encoded already.
         """
+        if has_branches(batch) and not self.language_model.takes_branches:
+            apart = take_apart(batch)
+            return apart.join(self(apart.batch, encoded))
         if isinstance(self.language_model, PretrainedMLLM):
             return self.language_model.read(batch)
         with self.fused(batch, self.encode(batch) if encoded is None else encoded) as embeddings_BTD:
-            return self.language_model(embeddings_BTD, batch["segments_BT"], batch["positions_BT"])
+            return self.language_model(embeddings_BTD, batch["segments_BT"], batch["positions_BT"], batch.get("branches_BT"))
 
     @torch.no_grad()
     def generate(self, batch: Batch, options: Generation, eos_ids: Collection[int], pad_id: int) -> list[list[int]]:

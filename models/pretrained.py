@@ -66,6 +66,11 @@ class PretrainedMLLM(LanguageModel):
     def nested_parts(self) -> dict[str, Part]:
         return {**self._views}
 
+    @property
+    def takes_branches(self) -> bool:
+        """False: such models count the positions of media themselves, along the whole row."""
+        return False
+
     def read(self, batch: Batch) -> Tensor:
         """Last hidden states of a batch, hidden_BTD, its media read by the model itself; no logits."""
         mask_BT = batch["segments_BT"]
