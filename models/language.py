@@ -204,6 +204,8 @@ class LanguageModel(Part):
                 where `takes_branches`.
         """
         mask = mask_for(self.model.config, segments_BT, branches_BT, positions_BT, embeddings_BTD.dtype)
+        is_made = isinstance(mask, dict) or (mask is not None and mask.ndim == 4)
+        assert not is_made or branches_BT is not None or self.takes_branches, "samples that share a row would see each other"
         output = self.model.base_model(
             inputs_embeds=embeddings_BTD, attention_mask=mask, position_ids=positions_BT, use_cache=False
         )
