@@ -116,7 +116,9 @@ def lora_config(lora: LoRA, layers: Collection[str], but: Collection[str] = ()) 
     """
     from peft import LoraConfig
 
-    return LoraConfig(
+    from encoders.lora_linear import lora_linear
+
+    config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by it: any number does
         lora_dropout=lora.dropout,
@@ -125,3 +127,5 @@ def lora_config(lora: LoRA, layers: Collection[str], but: Collection[str] = ()) 
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
     )
+    config._register_custom_module({nn.Linear: lora_linear})  # type: ignore[dict-item]  # PEFT calls it, and takes None for a no
+    return config

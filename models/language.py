@@ -17,6 +17,7 @@ from encoders.hf import misfits
 from encoders.tuning import Tune
 from models.attention_mask import mask_for
 from models.branches import can_branch
+from models.lean import make_lean
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -116,6 +117,7 @@ class LanguageModel(Part):
         # what trains is float32, and a detour would round float32 checkpoints
         self.model = self._load(AutoModelForCausalLM, torch.float32 if self.tune.mode == "full" else DTYPES[self.dtype])
         self.model.generation_config = GenerationConfig()  # `generate` would fill from the checkpoint's own what we leave open
+        make_lean(self.model)
         self.apply_tune(self.model)
         self._check_head()
 

@@ -1,0 +1,146 @@
+"""One LLaVA-shaped model with fixed random weights, as transformers and as OmniLit have it, and batches for both.
+
+The language model has the shape of SmolLM2-135M: 30 layers, width 576, 9 heads, 3 of keys and values, vocabulary 49,152, tied
+embeddings. The vision tower is a CLIP of 6 layers, width 384, 256 patches. LoRA of rank 16 on all seven linear layers of each
+block; the projector is trained as well, the rest is frozen.
+
+Shape suffixes: B rows, T tokens, N pictures.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+VOCABULARY, WIDTH, NUM_LAYERS = 49_152, 576, 30
+NUM_PATCHES, IMAGE_SIZE, IMAGE_TOKEN = 256, 224, 49_151
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RANK, ALPHA = 16, 32.0
+
+
+def write_weights(folder: Path) -> None:
+    """Writes the whole model, `llava`, and its two towers, `language` and `vision`."""
+    import transformers as hf
+
+    text = hf.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=1536,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    vision = hf.CLIPVisionConfig(
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        image_size=IMAGE_SIZE,
+        patch_size=14,
+    )
+    config = hf.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE_TOKEN,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(20)
+    model = hf.LlavaForConditionalGeneration(config)
+    model.save_pretrained(folder / "llava")
+    causal = hf.LlamaForCausalLM(text)
+    causal.model.load_state_dict(model.model.language_model.state_dict())
+    causal.tie_weights()
+    causal.save_pretrained(folder / "language")
+    model.model.vision_tower.save_pretrained(folder / "vision")
+    torch.save(model.model.multi_modal_projector.state_dict(), folder / "projector.pt")
+    _write_tokenizer(folder / "language")
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """A tokenizer that knows single letters only; the benchmarks' rows are made of ids."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<eos>": 0, "<unk>": 1, **{chr(code): code for code in range(32, 127)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}<eos>{% endfor %}"
+    tokenizer.save_pretrained(folder)
+
+
+def peft_llava(folder: Path) -> nn.Module:
+    """The model as transformers and PEFT have it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype=torch.float32)
+    targets = rf".*language_model.*\.({'|'.join(TARGETS)})"
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, modules_to_save=["multi_modal_projector"])  # type: ignore[arg-type]
+    peft_model = get_peft_model(model, config)
+    draw_adapters(peft_model)
+    return peft_model
+
+
+def omnilit_parts(folder: Path) -> dict[str, Any]:
+    """The arguments of a LitModule for the same model."""
+    from encoders.image import HFVisionEncoder
+    from encoders.projectors import MLPProjector
+    from encoders.tuning import LoRA, Tune
+    from models.language import LanguageModel
+
+    lora = Tune(mode="lora", lora=LoRA(r=RANK, alpha=ALPHA, target_modules=TARGETS))
+    return {
+        "language_model": LanguageModel(name_or_path=str(folder / "language"), tune=lora),
+        "image_encoder": HFVisionEncoder(name_or_path=str(folder / "vision"), layer=-2),
+        "image_projector": MLPProjector(tune=Tune(mode="full")),
+    }
+
+
+def load_omnilit(module: Any, folder: Path) -> None:
+    """Builds a LitModule of `omnilit_parts` and gives it the same projector and adapters."""
+    module.configure_model()
+    module.model.image_projector.load_state_dict(torch.load(folder / "projector.pt", weights_only=True))
+    draw_adapters(module)
+
+
+def draw_adapters(module: nn.Module) -> None:
+    """The same adapters in each model, none of them 0."""
+    generator = torch.Generator().manual_seed(21)
+    adapters = {name[name.index("layers.") :]: p for name, p in module.named_parameters() if "lora_" in name and p.requires_grad}
+    with torch.no_grad():
+        for _, adapter in sorted(adapters.items()):
+            adapter.normal_(0, 0.02, generator=generator)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Random rows: a picture, a question, an answer.
+
+    Args:
+        tokens_BT: Ids, placeholders included.
+        labels_BT: -100 where there is no loss.
+        pixels_NCHW: A picture a row.
+    """
+
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    pixels_NCHW: Tensor
+
+
+def make_rows(seed: int, num_rows: int, num_tokens: int, num_supervised: int) -> Rows:
+    """Rows whose last `num_supervised` positions have a label; where these reach into the pictures, random ones."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BT = torch.randint(2, IMAGE_TOKEN, (num_rows, num_tokens), generator=generator)
+    labels_BT = tokens_BT.clone()
+    labels_BT[:, : num_tokens - num_supervised] = -100
+    tokens_BT[:, 4 : 4 + NUM_PATCHES] = IMAGE_TOKEN
+    return Rows(tokens_BT, labels_BT, torch.randn(num_rows, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator))
