@@ -15,6 +15,8 @@ from encoders.projectors import MLPProjector
 from lightning_modules.checkpoints import RunCheckpoint
 from lightning_modules.multimodal import MultiModalLitModule
 from models.language import Generation, LanguageModel
+from tests.datamodules.video_files import EVEN, write_video
+from tests.lightning_modules.media_fakes import make_all, write_media_rows
 from tests.lightning_modules.run_fakes import make_data, make_trainer, write_rows
 
 ANSWERS = ("red", "It is a bus.", "blue", "white")
@@ -98,7 +100,7 @@ def test_one_model_answers_many_questions(run: Path, rows: Path, predicted: list
     model, processor = load(run)
     for row in (0, 1):
         path = rows.parent / f"rows-{row}.png"
-        answer = ask(model, processor, predicted[row]["prompt"], [path], Generation(max_new_tokens=9))
+        answer = ask(model, processor, predicted[row]["prompt"], {"image": [path]}, Generation(max_new_tokens=9))
         assert answer == predicted[row]["response"]
 
 
@@ -114,13 +116,15 @@ def test_a_checkpoint_is_enough(
     [
         (["{run}/nowhere", "What?"], r"there is no checkpoint .*nowhere"),
         (["{rows}", "What?"], r"there is no checkpoint .*/checkpoints/last\.ckpt; there is no checkpoint in that folder"),
-        (["{run}", "What?", "{rows}/nowhere.png"], r"there is no picture .*nowhere\.png"),
-        (["{run}", "What?", "nowhere/at/all.png"], r"there is no picture nowhere/at/all\.png"),
+        (["{run}", "What?", "{rows}/nowhere.png"], r"there is no file .*nowhere\.png"),
+        (["{run}", "What?", "nowhere/at/all.png"], r"there is no file nowhere/at/all\.png"),
         (["{run}", "What?", "{rows}/rows.jsonl"], r"rows\.jsonl is not an image"),
         (["{run}", "What?", "{rows}"], r"a folder"),
         (["{run}", "<image> and <image>?", "{rows}/rows-0.png"], r"2 <image> in the messages, but 1"),
         (["{run}", "<image>?"], r"1 <image> in the messages, but 0"),
         (["{run}", " "], r"the user message is empty"),
+        (["{run}", "What?", "--video", "{rows}/rows-0.png"], r"the row has video in it, but the model has no encoder"),
+        (["{run}", "<audio>What?"], r"1 <audio> in the messages, but 0"),
         (["{run}/checkpoints/x.ckpt", "What?"], r"there is no checkpoint .*x\.ckpt; that folder has .*last\.ckpt"),
         (["{run}", "What?", "--max_new_tokens=0"], r"max_new_tokens must be at least 1"),
         (["{run}", "word " * 3000], r"max_length"),
@@ -151,6 +155,31 @@ def test_a_model_of_text_alone_takes_no_picture(
     assert say(capsys, folder, "What?").strip()
     with pytest.raises(SystemExit, match="the model has no encoder for that"):
         main([str(folder), "What?", str(rows.parent / "rows-0.png")])
+
+
+def test_clips_and_sounds_are_asked_about_as_predict_does(
+    tiny_llm: Path, tiny_clip: Path, tiny_whisper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_media_rows(tmp_path / "rows.jsonl", ["a", "ai", "i"])
+    film = write_video(tmp_path / "film.mp4", EVEN[:40])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    clip = {"messages": [{"role": "user", "content": "<video>Which way?"}], "videos": [film.name], "images": [], "audios": []}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, clip]))
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        module = make_all(tiny_llm, tiny_clip, tiny_whisper, generation=Generation(max_new_tokens=9))
+        folder = train(tmp_path / "run", module, write_media_rows(tmp_path / "train.jsonl", ["a", "v", "i"]))
+    trainer = make_trainer(tmp_path / "predicted")
+    batches = trainer.predict(module, make_data(module, path), ckpt_path=folder / "checkpoints/last.ckpt")
+    assert batches is not None
+    sound, both, _, moved = [row for batch in batches for row in batch]
+    assert len({sound["response"], both["response"], moved["response"]}) == 3
+    sounds = [f"--audio={tmp_path / row['audios'][0]}" for row in rows[:2]]
+    assert say(capsys, folder, sound["prompt"], sounds[0]).strip() == sound["response"]
+    assert say(capsys, folder, both["prompt"], sounds[1], tmp_path / rows[1]["images"][0]).strip() == both["response"]
+    assert say(capsys, folder, "Which way?", f"--video={film}").strip() == moved["response"]
+    with pytest.raises(SystemExit, match=r"rows-2-0\.png"):
+        main([str(folder), "What?", f"--audio={tmp_path / rows[2]['images'][0]}"])
 
 
 def test_the_picture_is_looked_at(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
