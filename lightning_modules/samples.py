@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 
 from datamodules.batch import Batch, Example, RowError
@@ -63,7 +64,8 @@ class SamplePage(Callback):
         if not self._chosen:
             rank_zero_info("no samples to show: none of the validation rows can be used")
             return
-        with trainer.precision_plugin.val_step_context():
+        # answers that are drawn must not change what dropout draws afterwards
+        with isolate_rng(), trainer.precision_plugin.val_step_context():
             column = _ask(trainer, module, datamodule, self._chosen)
         if not trainer.is_global_zero:
             return

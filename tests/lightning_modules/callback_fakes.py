@@ -181,6 +181,8 @@ def make_batch(labels: list[list[int]], segments: list[list[int]] | None = None,
             for i in range(num_samples)
         ],
         skipped=[],
+        num_tokens=int((segments_BT > 0).sum()),
+        num_supervised=int((labels_BT[:, 1:] != IGNORE_INDEX).sum()),
         num_dropped_tokens=0,
     )
     if image:
