@@ -200,12 +200,22 @@ class StatefulLoader(RowLoader):
             )
         self.rows.go_to(state["epoch"], state["batch"])
         self.counts = Counter(state["counts"])
-        if self.batches.rank > 0:
-            self._recount()
+        if self.batches.world_size > 1:
+            self._share_out()
         self._before = None
 
-    def _recount(self) -> None:
-        """Counts the rows before the place once more: a checkpoint has the counts of the first process alone."""
+    @staticmethod
+    def together(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The states of all processes as one: they are at the same place, and their counts are added up."""
+        counts: Counter[str] = Counter()
+        for state in states:
+            counts.update(state["counts"])
+        return {**states[0], "counts": dict(counts)}
+
+    def _share_out(self) -> None:
+        """Takes a share of the counts of all processes: its own rows before the place; of the rest the first process all."""
+        others = (*MODALITIES, "dropped_tokens")
+        self.counts = Counter({kind: self.counts[kind] for kind in others if self.batches.rank == 0})
         for source, rows_R in zip(self.dataset.sources, self.batches.own_rows(self.rows.batch), strict=True):
             named = [row for line in self.skipped[source.name].named_lines() if (row := source.row_of(line)) is not None]
             skipped = int(torch.isin(rows_R, torch.tensor(named, dtype=rows_R.dtype)).sum())

@@ -203,6 +203,11 @@ class RowDataModule(L.LightningDataModule):
         """The place in the training data, for checkpoints."""
         return {"train": self.train_loader.state_dict()} if self.train_loader is not None else {}
 
+    @staticmethod
+    def together(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The states of all processes as the one that a checkpoint holds."""
+        return {name: StatefulLoader.together([state[name] for state in states]) for name in states[0]}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on at the place that a checkpoint holds; a checkpoint that is only tested says nothing about training data.
 

@@ -1,6 +1,8 @@
 """When checkpoints are written, and where; and that each of them stands between two optimizer steps."""
 
-from collections.abc import Mapping
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from datamodules.fingerprint import differences
+from datamodules.loading import RowDataModule
 from datamodules.processor import Processor
 from lightning_modules.run_folder import cannot_write, run_folder
 from models.checkpoint import read_checkpoint
@@ -78,15 +82,30 @@ class CheckpointFile(TorchCheckpointIO):
     """Reads and writes checkpoints as Lightning does, but says in a paragraph what is wrong with one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Writes a checkpoint under a temporary name, then renames it.
+        """Writes a checkpoint under a temporary name in the same folder, then renames it.
+
+        Lightning's own has the temporary file in the system's folder for those. Where that is another disk, to rename is to copy,
+        and a full disk or a kill in the middle leaves half a file in the place of the last checkpoint.
 
         Raises:
             ValueError: It cannot be written.
         """
+        path = Path(path)
+        temporary = path.with_name(".checkpoint.tmp")  # one name: what a killed run left is overwritten by the next
         try:
-            super().save_checkpoint(checkpoint, path, storage_options)
-        except OSError as error:
-            raise ValueError(cannot_write(Path(path), error)) from error
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:
+            reason = error if isinstance(error, OSError) else error.__context__  # torch's writer hides what the disk said
+            if not isinstance(reason, OSError):
+                raise
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise ValueError(cannot_write(path, reason)) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint to the CPU, without running code from it.
@@ -106,7 +125,7 @@ class StepStart:
     """
 
     global_step: int
-    rng: dict[str, Any]
+    rng: dict[str, Tensor]
     fit_loop: dict[str, Any]
     datamodule: dict[str, Any] | None
 
@@ -153,14 +172,48 @@ def check_processor(now: Processor, files: Mapping[str, bytes], resumes: bool) -
     rank_zero_warn(f"the checkpoint was trained on other examples than it is now shown: {'; '.join(changed)}")
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of torch's random generators."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+def rng_state() -> dict[str, Tensor]:
+    """The state of torch's random generators on this process and its device."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: Mapping[str, Tensor]) -> None:
     """Sets torch's random generators to a state that `rng_state` gave."""
     torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def add_place(checkpoint: dict[str, Any], trainer: Trainer, step_start: StepStart | None) -> None:
+    """Adds `rng`, the random generators of all processes by rank, which must meet here; and adds up what their data modules say.
+
+    Args:
+        checkpoint: Of this process; the first one writes it for all of them.
+        trainer: Of the run.
+        step_start: Where the step at hand began, which the checkpoint is set back to; None: there is none.
+    """
+    checkpoint["rng"] = rng_state()
+    if step_start is not None:
+        step_start.rewind(checkpoint, trainer)
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
+    name = type(datamodule).__qualname__ if isinstance(datamodule, RowDataModule) else ""
+    states: list[Any] = [(checkpoint["rng"], checkpoint.get(name))] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(states, states[0])
+    checkpoint["rng"] = [rng for rng, _ in states]
+    if name in checkpoint:
+        checkpoint[name] = datamodule.together([place for _, place in states])
+        # Lightning keeps the loader's state too, of the first process alone, and would load it over that of the data module
+        checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+
+
+def own_rng_state(states: Sequence[Mapping[str, Tensor]], trainer: Trainer) -> Mapping[str, Tensor] | None:
+    """The state of this process out of those of all that wrote a checkpoint; None: there were not as many as now."""
+    if len(states) == trainer.world_size:
+        return states[trainer.global_rank]
+    rank_zero_warn(
+        f"the checkpoint is of {len(states)} process(es) and goes on in {trainer.world_size}: the rows come in the same batches, "
+        "but dropout draws other numbers than it would have"
+    )
+    return None

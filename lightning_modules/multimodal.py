@@ -18,7 +18,7 @@ from datamodules.cache import CacheOptions
 from datamodules.prompt_options import PromptOptions
 from encoders.base import Encoder, Part, Projector
 from lightning_modules.answer_metrics import answer_values, media_gains
-from lightning_modules.checkpoints import StepStart, check_processor, rng_state, set_rng_state
+from lightning_modules.checkpoints import StepStart, add_place, check_processor, own_rng_state, set_rng_state
 from lightning_modules.feature_cache import report, share_features
 from lightning_modules.idle_parts import touch_idle_parts
 from lightning_modules.losses import AnswerScores, cross_entropy, score_answers, supervised, supervised_rows
@@ -94,7 +94,7 @@ class MultiModalLitModule(MeasuringLitModule):
         self.init_from = init_from
         self.strict_loading = False  # load_state_dict below is stricter: exactly what a checkpoint must hold
         self._warm_started: set[str] = set()
-        self._rng: dict[str, Any] | None = None
+        self._rng: Mapping[str, Tensor] | None = None
         self._fingerprints: dict[str, str] = {}
         self._fingerprinted: set[str] | None = None
         self._step_start: StepStart | None = None
@@ -240,9 +240,7 @@ class MultiModalLitModule(MeasuringLitModule):
             self._fingerprints, self._fingerprinted = fingerprints(self.model, names), names
         checkpoint["fingerprints"] = self._fingerprints
         checkpoint["warm_started"] = sorted(self._warm_started)
-        checkpoint["rng"] = rng_state()
-        if self._step_start is not None:
-            self._step_start.rewind(checkpoint, self.trainer)
+        add_place(checkpoint, self.trainer, self._step_start)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes up what `on_save_checkpoint` added.
@@ -254,7 +252,7 @@ class MultiModalLitModule(MeasuringLitModule):
         check_options(self.model.spec()["parts"], checkpoint["model"]["parts"])
         resumes = self._trainer is not None and self._trainer.training
         check_processor(self.processor, checkpoint["processor"], resumes)
-        self._rng = checkpoint["rng"]
+        self._rng = own_rng_state(checkpoint["rng"], self.trainer) if resumes else None
         self._fingerprints = checkpoint["fingerprints"]
         self._warm_started = set(checkpoint["warm_started"])
 

@@ -1,5 +1,6 @@
 """The folder of a run: what is written into it before training, and when a fit may use it."""
 
+import contextlib
 import json
 import os
 import re
@@ -36,6 +37,8 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ValueError(cannot_write(path, error)) from error
 
 

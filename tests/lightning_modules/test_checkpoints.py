@@ -1,6 +1,8 @@
 """What checkpoints hold, and that a run goes on from one as if it had never stopped."""
 
 import os
+import resource
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,8 @@ from encoders.projectors import MLPProjector
 from encoders.tuning import LoRA, Tune
 from lightning_modules.checkpoints import CheckpointFile, RunCheckpoint
 from lightning_modules.multimodal import MultiModalLitModule, Stage
-from models.language import LanguageModel
+from lightning_modules.samples import SamplePage
+from models.language import Generation, LanguageModel
 from models.multimodal import MultiModalModel
 from tests.lightning_modules.run_fakes import batches, make_data, make_trainer, weights, write_rows
 
@@ -79,7 +82,7 @@ class TestContent:
         assert all(torch.equal(tensor, own[name]) for name, tensor in checkpoint["state_dict"].items())
         assert checkpoint["model"] == module.model_spec()
         assert checkpoint["fingerprints"].keys() == {"language_model", "image_encoder", "image_projector", "fusion"}
-        assert torch.equal(checkpoint["rng"]["cpu"], torch.get_rng_state())
+        assert torch.equal(checkpoint["rng"][0]["cpu"], torch.get_rng_state())
         assert path.stat().st_size < 300_000 < sum(tensor.numel() * 4 for tensor in own.values())
 
     def test_another_frozen_base_is_refused(self, make: Make, rows: Path, tmp_path: Path, tiny_llm: Path) -> None:
@@ -258,16 +261,48 @@ class TestFile:
         with pytest.raises(ValueError, match=r"file/last\.ckpt cannot be written .*default_root_dir"):
             CheckpointFile().save_checkpoint({"a": 1}, tmp_path / "file/last.ckpt")
 
-    def test_one_that_cannot_be_written_leaves_the_last_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_one_that_cannot_be_written_leaves_the_last_one(self, tmp_path: Path) -> None:
         path = tmp_path / "last.ckpt"
-        CheckpointFile().save_checkpoint({"a": 1}, path)
+        CheckpointFile().save_checkpoint({"a": torch.arange(9)}, path)
         before = path.read_bytes()
-
-        def full(*args: Any) -> None:
-            raise OSError(28, os.strerror(28))
-
-        monkeypatch.setattr("shutil.move", full)
-        monkeypatch.setattr("os.replace", full)
-        with pytest.raises(ValueError, match="No space left on device"):
-            CheckpointFile().save_checkpoint({"a": 2}, path)
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # as a full disk: writing fails in the middle
+        try:
+            with pytest.raises(ValueError, match=r"last\.ckpt cannot be written \(File too large\).*default_root_dir"):
+                CheckpointFile().save_checkpoint({"a": torch.zeros(100_000)}, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert path.read_bytes() == before
+        assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+    def test_a_kill_while_it_is_written_leaves_the_last_one(self, tmp_path: Path) -> None:
+        path = tmp_path / "last.ckpt"
+        CheckpointFile().save_checkpoint({"a": torch.arange(9)}, path)
+        before = path.read_bytes()
+        child = os.fork()
+        if child == 0:
+            limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # kills in the middle of a write
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+            CheckpointFile().save_checkpoint({"a": torch.zeros(100_000)}, path)
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGXFSZ
+        assert path.read_bytes() == before
+        CheckpointFile().save_checkpoint({"a": torch.ones(9)}, path)
+        assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_looking_at_a_run_does_not_change_it(make: Make, rows: Path, tmp_path: Path) -> None:
+    """Answers that are drawn take random numbers, and so does dropout."""
+
+    def run(name: str, *callbacks: Callback, **options: Any) -> dict[str, Tensor]:
+        torch.manual_seed(4)
+        module = make(generation=Generation(max_new_tokens=4, temperature=1.0))
+        data = make_data(module, rows, val_path=str(rows))
+        make_trainer(tmp_path / name, *callbacks, max_steps=4, **options).fit(module, data)
+        return weights(module)
+
+    alone = run("alone", limit_val_batches=0)
+    watched = run("watched", SamplePage(), val_check_interval=2)
+    assert "step 4" in (tmp_path / "watched/samples.html").read_text()
+    assert all(torch.equal(watched[name], tensor) for name, tensor in alone.items())

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from encoders.projectors import MLPProjector
 from encoders.tuning import LoRA, Tune
 from lightning_modules.checkpoints import RunCheckpoint
 from lightning_modules.multimodal import MultiModalLitModule, Stage
+from lightning_modules.run_summary import RunSummary
 from models.cross_attention import GatedCrossAttentionFusion
 from models.fusion import Fusion
 from models.language import LanguageModel
@@ -211,6 +213,39 @@ def test_without_the_touch_of_idle_parts_the_processes_wait_in_vain(
     assert in_two_processes(job, tmp_path / "two", rows, batch_size=1, timeout_seconds=3) == [1, 1]
     assert "Timed out waiting 3000ms" in "".join(path.read_text() for path in tmp_path.glob("*.txt"))
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_two_processes_go_on_as_if_they_had_never_stopped(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    """Their rows have prompts of different lengths, so that dropout draws other numbers on each of them."""
+
+    def job(folder: Path, trainer_options: dict[str, Any], stop: bool = False, resume: bool = False) -> None:
+        torch.manual_seed(4)
+        tune = Tune(mode="lora", lora=LoRA(dropout=0.5))
+        encoder, projector = HFVisionEncoder(str(tiny_clip), layer=-2), MLPProjector()
+        steady = partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0)  # a cosine would end elsewhere in the run that stops
+        module = MultiModalLitModule(
+            LanguageModel(str(tiny_llm), tune=tune), encoder, projector, optimizer=sgd, lr_scheduler=steady
+        )
+        data = make_data(module, rows, batch_size=1, shuffle=False)
+        checkpoint = RunCheckpoint(every_n_train_steps=2)
+        trainer = make_trainer(folder, checkpoint, RunSummary(), **trainer_options, max_steps=2 if stop else 5)
+        trainer.fit(module, data, ckpt_path=folder / "checkpoints/last.ckpt" if resume else None, weights_only=True)
+        torch.save([weights(module), torch.get_rng_state()], folder / f"{trainer.global_rank}.pt")
+
+    rows = write_media_rows(tmp_path / "rows.jsonl", ["i", "", "", "i", "i", "", "i", "", "i", "i"])
+    assert in_two_processes(job, tmp_path / "whole") == [0, 0]
+    assert in_two_processes(job, tmp_path / "stopped", stop=True) == [0, 0]
+    assert in_two_processes(job, tmp_path / "stopped", resume=True) == [0, 0]
+    for rank in range(2):
+        (expected, generator), (got, other) = (
+            torch.load(tmp_path / f"{name}/{rank}.pt", weights_only=True) for name in ("whole", "stopped")
+        )
+        assert torch.equal(generator, other)
+        assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+    assert not torch.equal(generator, torch.load(tmp_path / "whole/0.pt", weights_only=True)[1])
+    for name in ("whole", "stopped"):
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert summary["trained"] == 10 and summary["media"] == {"image": 6, "video": 0, "audio": 0}
 
 
 def test_metrics_and_sources_that_only_one_process_has_are_known_to_both(
