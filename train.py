@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import datamodules.audio
 import datamodules.image
 import datamodules.mixture
+import datamodules.preference
 import datamodules.video  # noqa: F401
 import encoders.audio
 import encoders.image
