@@ -17,6 +17,13 @@ import encoders.image
 import encoders.projectors
 import encoders.resampler
 import encoders.video  # noqa: F401
+import lightning_modules.cpo
+import lightning_modules.kto
+import lightning_modules.mdpo
+import lightning_modules.orpo
+import lightning_modules.precomputed
+import lightning_modules.reward_model
+import lightning_modules.simpo  # noqa: F401
 import models.cross_attention
 import models.language
 import models.pretrained  # noqa: F401

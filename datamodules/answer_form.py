@@ -17,6 +17,7 @@ class AnswerForm:
         corruption: How they are corrupted. It is drawn from the seed and the row, the same in each epoch.
         mismatched: Add to each row the answers of another row of the batch (KTO's estimate of the divergence, Ethayarajh et
             al. 2024, arXiv 2402.01306, section 4.1).
+        scores_answers: Prediction is about the answers that rows have (a reward model), not about prompts.
         shared_prompt: Answers share the tokens of their prompt where they can; False: each answer is a row of its own.
     """
 
@@ -24,4 +25,5 @@ class AnswerForm:
     corrupt_media: bool = False
     corruption: MediaCorruption = field(default_factory=MediaCorruption)
     mismatched: bool = False
+    scores_answers: bool = False
     shared_prompt: bool = True

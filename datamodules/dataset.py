@@ -82,7 +82,7 @@ class MultiModalDataset(RowDataset):
         self.augment = {modality: change for modality, change in augments.items() if change.is_random}
         self.seed = seed
         self.rows = rows if rows is not None else range(len(self.file))
-        self.generate = generate
+        self.generate = generate and not answer_form.scores_answers
         self.limits = limits
         self.cached: CachedMedia | None = None
         self.answer_form = AnswerForm() if generate else answer_form

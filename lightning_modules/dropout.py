@@ -13,6 +13,8 @@ def turn_dropout_off(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, _DropoutNd):
             layer.p = 0.0
+        if isinstance(layer, nn.ModuleDict):  # as PEFT keeps them; a layer without any is quicker
+            layer.update({name: nn.Identity() for name, child in layer.items() if isinstance(child, _DropoutNd)})
         for name, value in vars(layer).items():
             if "drop" in name and isinstance(value, float):  # transformers' and timm's own name for it
                 setattr(layer, name, 0.0)

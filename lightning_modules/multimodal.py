@@ -60,6 +60,9 @@ class MultiModalLitModule(MeasuringLitModule):
             To go on with an interrupted run, use --ckpt_path instead.
     """
 
+    generates = True
+    """Whether it answers prompts."""
+
     def __init__(
         self,
         language_model: LanguageModel,

@@ -127,22 +127,23 @@ def _weights(model: MultiModalModel, reference: Reference) -> dict[str, str]:
     found = {f"the weights of {part}": value for part, value in fingerprints(model, ()).items()}
     for name, part in model.slots().items():
         found[f"the options of {name}"] = hash_of(_untuned(part.spec()))
-    if not isinstance(reference, AdapterOff):
-        found["the adapters"] = _adapters(model)
+    found["the adapters"] = "none" if isinstance(reference, AdapterOff) else _adapters(model)
     return found
 
 
 def _adapters(model: MultiModalModel) -> str:
-    """A hash of the adapters; one whose B is still 0 adds nothing, whatever its A."""
+    """A hash of the adapters; one whose B is still 0 adds nothing, whatever its A. `none`: they all add nothing."""
     weights = {name: weight.detach() for name, weight in model.named_parameters() if "lora_" in name}
     layers = {name.partition(".lora_")[0] for name, weight in weights.items() if _is_last(name) and bool(weight.any())}
+    if not layers:
+        return "none"
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(weights.items()):
         if name.partition(".lora_")[0] in layers:
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             digest.update(weight.float().cpu().contiguous().numpy().tobytes())
     scales = {name: part.spec()["init_args"]["tune"]["lora"] for name, part in model.slots().items() if "tune" in part.options}
-    return hash_of(digest.hexdigest(), scales if layers else {})
+    return hash_of(digest.hexdigest(), scales)
 
 
 def _is_last(name: str) -> bool:

@@ -15,7 +15,7 @@ from lightning_modules.run_folder import run_folder
 class PredictionWriter(Callback):
     """Writes one JSON line a row to `predictions.jsonl`: what `predict_step` returns, and whether it is `right`.
 
-    A row without a reference answer is neither right nor wrong: null.
+    A row without a reference answer is neither right nor wrong: null. Nor is one that was not answered, but scored.
 
     Until all rows are there, each process writes to `.predictions.<rank>.part`, which an interrupted prediction leaves behind.
     An earlier `predictions.jsonl` stays: the next ones are called `predictions-2.jsonl`, `predictions-3.jsonl`, …
@@ -78,6 +78,8 @@ class PredictionWriter(Callback):
 
 
 def _judged(row: dict[str, Any]) -> dict[str, Any]:
+    if "response" not in row:
+        return row
     return {**row, "right": is_right(row["response"], row["reference"]) if row["reference"] else None}
 
 

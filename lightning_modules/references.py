@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from datamodules.batch import Batch
@@ -104,7 +105,11 @@ class AdapterOff(Reference):
     def prepare(self, model: MultiModalModel, warm_started: Collection[str], processing: str) -> None:
         _refuse_full_parts(model, self)
         if any("lora_" in name for name in warm_started):
-            return  # they are not to start at 0, and the base is asked for by name
+            rank_zero_warn(
+                "model.reference is AdapterOff, so the policy is compared with the model from before the adapters, and not with "
+                "the warm start of model.init_from: SecondAdapter, which is the default, is that"
+            )
+            return
         for name, layer in adapter_layers(model).items():
             ends = [value for path, value in layer.named_parameters() if "lora_B" in path or "lora_embedding_B" in path]
             if any(not end.is_meta and bool(end.any()) for end in ends):

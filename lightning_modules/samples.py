@@ -55,9 +55,9 @@ class SamplePage(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Asks, on every process alike, and shows the answers."""
-        if trainer.sanity_checking:
-            return
         module = cast("MultiModalLitModule", pl_module)
+        if trainer.sanity_checking or not module.generates:
+            return
         datamodule: RowDataModule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
         if self._chosen is None:
             self._chosen = _choose(module, datamodule, self.num_samples)

@@ -11,7 +11,9 @@ from train import main
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs/sft").glob("*.yaml"))
-OVERLAYS = sorted(path for room in ("adapter", "bridge", "logger", "debug") for path in (ROOT / "configs" / room).glob("*.yaml"))
+ROOMS = ("adapter", "bridge", "logger", "debug", "objective")
+OVERLAYS = sorted(path for room in ROOMS for path in (ROOT / "configs" / room).glob("*.yaml"))
+OBJECTIVES = sorted((ROOT / "configs/objective").glob("*.yaml"))
 
 
 def resolved(*arguments: str) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def plain() -> dict[Path, dict[str, Any]]:
 def test_there_are_recipes_and_overlays() -> None:
     assert {"tiny", "demo", "image", "image_stage1"} <= {path.stem for path in RECIPES}
     names = {"full", "lora", "dora", "linear", "mlp", "pixel_shuffle", "csv", "wandb", "one_batch", "fast", "profile"}
-    names |= {"resampler", "cross_attention"}
+    names |= {"resampler", "cross_attention", "dpo", "mdpo", "kto", "simpo", "cpo", "orpo", "reward"}
     assert names <= {path.stem for path in OVERLAYS}
 
 
@@ -77,6 +79,27 @@ def test_an_overlay_changes_what_it_names_and_nothing_else(path: Path, recipe: s
             assert after[name] == before[name], name
     grown = {name for name in before if any(other.startswith(f"{name}.") for other in named)}  # null before
     assert {name for name in before.keys() ^ after.keys() if not name.startswith(swapped or ("-",))} == grown - after.keys()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_an_objective_keeps_the_model_of_a_recipe(recipe: Path, objective: Path, plain: dict[Path, dict[str, Any]]) -> None:
+    """Another class keeps the options that it has too, and drops the others without a word: here it must have them all."""
+    named = yaml.safe_load(objective.read_text(encoding="utf-8"))["model"]
+    before, after = plain[recipe]["model"], resolved("--config", str(recipe), "--config", str(objective))["model"]
+    assert after["class_path"].endswith(f".{named['class_path']}")
+    own = leaves(after["init_args"])
+    assert {name: own[name] for name in leaves(before["init_args"])} == leaves(before["init_args"])
+    assert {name: own[name] for name in named["init_args"]} == named["init_args"]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda path: path.stem)
+def test_no_option_of_an_objective_is_left_from_another(objective: Path) -> None:
+    """All others, then this one: it sets the options whose names it shares with one of them."""
+    paths = [*(other for other in OBJECTIVES if other != objective), objective]
+    given = [word for path in paths for word in ("--config", str(path))]
+    alone = resolved("--config", "configs/sft/tiny.yaml", "--config", str(objective))
+    assert resolved("--config", "configs/sft/tiny.yaml", *given)["model"] == alone["model"]
 
 
 @pytest.mark.parametrize("bridge", ["linear", "mlp", "pixel_shuffle", "resampler"])

@@ -177,6 +177,29 @@ def test_an_overlay_trains(overlay: str, train: Train) -> None:
     assert overlay not in LEFT or list(folder.glob(LEFT[overlay]))
 
 
+OBJECTIVES = sorted(path.stem for path in (CONFIGS / "objective").glob("*.yaml"))
+ON_RECIPES = [
+    *(("tiny_all", objective) for objective in OBJECTIVES),
+    *((recipe, "dpo") for recipe in ("tiny", "qwen_vl", "video", "audio")),
+    ("all", "kto"),
+    ("demo", "mdpo"),
+]
+"""The others are slow; each objective is an overlay of `image` too."""
+
+
+@pytest.mark.parametrize(("recipe", "objective"), ON_RECIPES)
+def test_an_objective_trains(recipe: str, objective: str, train: Train) -> None:
+    train([f"sft/{recipe}", f"objective/{objective}"], RECIPES[recipe])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_every_objective_trains_on_every_recipe(recipe: str, train: Train, tmp_path: Path) -> None:
+    for objective in OBJECTIVES:
+        folder = {"trainer.default_root_dir": str(tmp_path / objective)}
+        train([f"sft/{recipe}", f"objective/{objective}"], RECIPES[recipe] | folder)
+
+
 def test_the_table_names_only_what_there_is() -> None:
     assert set(RECIPES) == {path.stem for path in (CONFIGS / "sft").glob("*.yaml")}
     assert {*OVERLAYS, *LEFT} <= set(OVERLAY_NAMES)

@@ -64,6 +64,8 @@ class FakeProcessor:
 
 
 class FakeModule(LightningModule):
+    generates = True
+
     def __init__(self, words: Words | None = None, bridge: Bridge | None = None) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(5)

@@ -62,6 +62,7 @@ def write_media_rows(path: Path, kinds: Sequence[str], answer: str = "It is a bu
                     row["audios"].append(write_sound(path.parent / f"{name}.wav", samples_SC, 16_000).name)
                     text += " <audio> and"
         row["messages"] = [{"role": "user", "content": f"{text} what?"}, {"role": "assistant", "content": answer}]
+        row["rejected_response"] = f"Not {answer}"  # which supervised training does not look at
         lines.append(json.dumps(row) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
     return path

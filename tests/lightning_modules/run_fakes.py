@@ -40,7 +40,8 @@ def write_rows(path: Path, num_rows: int, answers: Sequence[str] = ("red", "It i
 def make_data(module: MultiModalLitModule, rows: Path, **options: Any) -> ImageDataModule:
     """All splits are of the same file; without worker processes, unless the options say so."""
     paths = dict.fromkeys(("train_path", "test_path", "predict_path"), str(rows))
-    defaults = {**paths, "batch_size": 2, "num_workers": 0, "seed": 5, "processor": module.processor}
+    of_model = {"processor": module.processor, "answer_form": module.answer_form}
+    defaults = {**paths, "batch_size": 2, "num_workers": 0, "seed": 5, **of_model}
     return ImageDataModule(**(defaults | options))
 
 
