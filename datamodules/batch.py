@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-Modality = Literal["image", "video", "audio"]
-MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
+from datamodules.modality import MODALITIES as MODALITIES
+from datamodules.modality import Modality as Modality
 
 IGNORE_INDEX = -100
 """Label of a position without loss (the convention of torch and Hugging Face)."""

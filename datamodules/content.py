@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datamodules.batch import MODALITIES, Modality
+from datamodules.modality import MODALITIES, Modality
 from datamodules.rows import MEDIA_KEYS, Row, UnusableRowError, kind_of
 
 _PLACEHOLDERS: dict[str, Modality] = {f"<{modality}>": modality for modality in MODALITIES}

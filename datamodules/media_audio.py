@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.audio_readers import SoundReader, open_sound
+from datamodules.call import Call, call_here
 from datamodules.sources import MediaError, MediaRoot, media_name, resolve, time_span
 
 MAX_AMPLITUDE = 100.0
@@ -46,13 +47,17 @@ class AudioLimits:
     Args:
         max_bytes: Size of the file, or of what a `data:` URI holds.
         max_seconds: Length of the part that is taken.
+        max_decode_seconds: How long reading one may take; to be raised where the disk is far away.
+        max_memory_bytes: How much memory reading one may take.
     """
 
     max_bytes: int = 500_000_000
     max_seconds: float = 3600.0
+    max_decode_seconds: float = 60.0
+    max_memory_bytes: int = 4_000_000_000
 
     def __post_init__(self) -> None:
-        for name, value in (("max_bytes", self.max_bytes), ("max_seconds", self.max_seconds)):
+        for name, value in vars(self).items():
             if value <= 0:
                 raise ValueError(f"limits.audio.{name} must be above 0, got {value}")
 
@@ -124,6 +129,7 @@ def decode_audio(
     min_samples: int = 1,
     start: float = 0.0,
     end: float | None = None,
+    call: Call = call_here,
 ) -> Waveform:
     """Decodes a sound: the mean of its channels, resampled if need be.
 
@@ -138,17 +144,34 @@ def decode_audio(
         min_samples: Fewer of them are an error.
         start: Where the part that is taken begins, in seconds.
         end: Where it ends; None: where the sound does.
+        call: Calls what reads the file.
 
     Raises:
         MediaError: The source cannot be used or decoded whole, or holds numbers that are no amplitudes.
     """
+    read = call(read_sound, source, media_root, limits, sample_rate, min_samples, start, end)
+    return Waveform(resample(read.samples_S, read.sample_rate, sample_rate), sample_rate)
+
+
+def read_sound(
+    source: str,
+    media_root: MediaRoot,
+    limits: AudioLimits,
+    sample_rate: int,
+    min_samples: int,
+    start: float,
+    end: float | None,
+) -> Waveform:
+    """Decodes a sound as `decode_audio`, at the rate that it has, if it can be resampled to `sample_rate`.
+
+    Raises:
+        MediaError: As `decode_audio`.
+    """
     with _open_part(source, media_root, limits, start, end) as (sound, header):
-        (num_samples,) = header.shape(sample_rate, min_samples)
+        header.shape(sample_rate, min_samples)
         samples_S = sound.read(header.start, header.stop)
     _check_amplitudes(header.name, samples_S)
-    resampled_S = resample(samples_S, header.sample_rate, sample_rate)
-    assert len(resampled_S) == num_samples
-    return Waveform(resampled_S, sample_rate)
+    return Waveform(samples_S, header.sample_rate)
 
 
 def resample(samples_S: NDArray[np.float32], rate: int, new_rate: int) -> NDArray[np.float32]:

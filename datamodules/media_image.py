@@ -71,15 +71,19 @@ class ImageLimits:
     Args:
         max_pixels: Height times width.
         max_bytes: Size of the file, or of what a `data:` URI holds.
+        max_decode_seconds: How long reading one may take; to be raised where the disk is far away.
+        max_memory_bytes: How much memory reading one may take.
     """
 
     max_pixels: int = 50_000_000
     max_bytes: int = 50_000_000
+    max_decode_seconds: float = 60.0
+    max_memory_bytes: int = 4_000_000_000
 
     def __post_init__(self) -> None:
-        for name, value in (("max_pixels", self.max_pixels), ("max_bytes", self.max_bytes)):
-            if value < 1:
-                raise ValueError(f"limits.image.{name} must be at least 1, got {value}")
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ValueError(f"limits.image.{name} must be above 0, got {value}")
 
 
 def probe_image(source: str, media_root: MediaRoot, limits: ImageLimits) -> tuple[int, int]:

@@ -10,10 +10,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.call import Call, call_here
 from datamodules.content import Media
 from datamodules.media_image import ImageLimits, decode_image, probe_image
 from datamodules.sources import MediaError, MediaRoot, media_name, resolve, time_span
-from datamodules.video_decord import read_by_decord
+from datamodules.video_decord import check_decord, read_by_decord
 from datamodules.video_file import VideoFile
 from datamodules.video_header import VideoHeader, read_header
 from datamodules.video_pyav import read_by_pyav
@@ -57,6 +58,9 @@ class VideoLimits:
         max_pixels: Height times width of a frame.
         max_bytes: Size of the file, or of what a `data:` URI holds; of a video of image files, of each of them.
         max_seconds: Length of the video.
+        max_decode_seconds: How long reading one may take; to be raised where the disk is far away, or videos are so long that
+            decord, which decodes from the start where groups of pictures are open, is slow.
+        max_memory_bytes: How much memory reading one may take: at least twice what its frames do, 3 bytes a pixel.
         reader: `decord`, or `pyav`, which also reads AV1, GIF and MPEG transport streams, and is quicker where groups of
             pictures are open or files are long. The colours of the two may differ by a few steps of 255.
     """
@@ -64,11 +68,13 @@ class VideoLimits:
     max_pixels: int = 10_000_000
     max_bytes: int = 2_000_000_000
     max_seconds: float = 7200.0
+    max_decode_seconds: float = 120.0
+    max_memory_bytes: int = 8_000_000_000
     reader: Library = "decord"
 
     def __post_init__(self) -> None:
-        for name, value in (("max_pixels", self.max_pixels), ("max_bytes", self.max_bytes), ("max_seconds", self.max_seconds)):
-            if value <= 0:
+        for name, value in vars(self).items():
+            if name != "reader" and value <= 0:
                 raise ValueError(f"limits.video.{name} must be above 0, got {value}")
 
 
@@ -86,23 +92,30 @@ def probe_video(medium: Media, media_root: MediaRoot, limits: VideoLimits) -> Vi
         header = VideoHeader(num_frames / medium.fps, medium.fps, height, width, num_frames)
     else:
         header = read_header(_find(medium.source, media_root, limits))
-    _check(header, _name(medium), limits)
+    _check(header, medium_name(medium), limits)
     return header
 
 
-def probe_clip(medium: Media, media_root: MediaRoot, limits: VideoLimits, sampling: Sampling) -> tuple[int, int, int]:
+def probe_clip(
+    medium: Media, media_root: MediaRoot, limits: VideoLimits, sampling: Sampling, call: Call = call_here
+) -> tuple[int, int, int]:
     """The shape of the clip that `decode_video` gives, frames, height and width, without decoding a frame.
 
     Raises:
         MediaError: As `probe_video`; or the row takes a part that lies beyond the video.
     """
-    header = probe_video(medium, media_root, limits)
-    start, end = time_span(_name(medium), medium.start, medium.end, header.seconds)
+    header = call(probe_video, medium, media_root, limits)
+    start, end = time_span(medium_name(medium), medium.start, medium.end, header.seconds)
     return sampling.count(end - start), header.height, header.width
 
 
 def decode_video(
-    medium: Media, media_root: MediaRoot, limits: VideoLimits, sampling: Sampling, generator: random.Random | None = None
+    medium: Media,
+    media_root: MediaRoot,
+    limits: VideoLimits,
+    sampling: Sampling,
+    generator: random.Random | None = None,
+    call: Call = call_here,
 ) -> Clip:
     """Decodes the frames of a video that `sampling` wants, and keeps no others.
 
@@ -114,21 +127,32 @@ def decode_video(
         limits: How big it may be.
         sampling: Which frames are wanted.
         generator: Draws them at random within their segments; None: the middle of each.
+        call: Calls what reads the file.
 
     Raises:
         MediaError: The source cannot be used, or a frame of it cannot be decoded.
     """
-    name = _name(medium)
-    header = probe_video(medium, media_root, limits)
-    times = sampling.times(*time_span(name, medium.start, medium.end, header.seconds), generator)
+    if limits.reader == "decord" and isinstance(medium.source, str):
+        check_decord()
+    header = call(probe_video, medium, media_root, limits)
+    span = time_span(medium_name(medium), medium.start, medium.end, header.seconds)
+    return call(read_clip, medium, media_root, limits, header, sampling.times(*span, generator))
+
+
+def read_clip(medium: Media, media_root: MediaRoot, limits: VideoLimits, header: VideoHeader, times: list[float]) -> Clip:
+    """Decodes the frames of a video that are shown at given times, in seconds and in order.
+
+    Raises:
+        MediaError: The source cannot be used, or a frame of it cannot be decoded.
+    """
     if not isinstance(medium.source, str):
         return _decode_files(medium.source, medium.fps, times, media_root, limits)
     read: VideoReader = read_by_decord if limits.reader == "decord" else read_by_pyav
     clip = Clip(*read(_find(medium.source, media_root, limits), header, times))
     if clip.frames_FHW3.shape != (len(times), header.height, header.width, 3):
         raise MediaError(
-            f"{name} gives frames of shape {clip.frames_FHW3.shape[1:]}, but its header says {header.height} x {header.width} "
-            f"pixels: it is damaged, or {limits.reader} cannot read it; try the other data.limits.video.reader"
+            f"{medium_name(medium)} gives frames of shape {clip.frames_FHW3.shape[1:]}, but its header says {header.height} x "
+            f"{header.width} pixels: it is damaged, or {limits.reader} cannot read it; try the other data.limits.video.reader"
         )
     return clip
 
@@ -137,7 +161,8 @@ def _find(source: str, media_root: MediaRoot, limits: VideoLimits) -> VideoFile:
     return VideoFile(resolve(source, media_root, "video", limits.max_bytes), media_name(source))
 
 
-def _name(medium: Media) -> str:
+def medium_name(medium: Media) -> str:
+    """A medium as errors name it."""
     files = medium.files
     return media_name(files[0]) + (f" and the {len(files) - 1} frames after it" if len(files) > 1 else "")
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from datamodules.batch import MODALITIES
+from datamodules.modality import MODALITIES
 
 Row = dict[str, Any]
 

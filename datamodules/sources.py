@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from urllib.parse import unquote_to_bytes
 
-from datamodules.batch import Modality
+from datamodules.modality import Modality
 
 _OTHER_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".JPG", ".JPEG", ".PNG")
 """Tried for the hint where a file is missing; a look into the folder would cost more, the bigger it is."""

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,19 @@ UNREADABLE = ("gif", "mpegts")
 """Containers of which decord gives no frames, or others than it says."""
 
 
+def check_decord() -> None:
+    """Refuses to go on without decord, which is no fault of the video.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    if find_spec("decord") is None:
+        raise ValueError(
+            "data.limits.video.reader is decord, which is not installed (it has wheels for Linux on x86-64): install it, or set "
+            "data.limits.video.reader to pyav"
+        )
+
+
 def read_by_decord(video: VideoFile, header: VideoHeader, times: Sequence[float]) -> Frames:
     """Reads frames by decord; see `VideoReader`.
 
@@ -24,20 +38,12 @@ def read_by_decord(video: VideoFile, header: VideoHeader, times: Sequence[float]
     groups of pictures, which x265 makes by default), where an edit list hides frames, and in containers without a precise
     index; and it waits forever for a frame that a file promises but does not hold. So the packets are looked at first, and
     it jumps only where none of this is so; elsewhere all frames up to the last one wanted are decoded.
-
-    Raises:
-        ValueError: decord is not installed.
     """
     if header.codec == "av1" or video.container in UNREADABLE:
         what = "AV1" if header.codec == "av1" else video.container
         raise MediaError(f"{video.name} is {what}, which decord does not read: set data.limits.video.reader to pyav")
-    try:
-        import decord
-    except ImportError as error:
-        raise ValueError(
-            "data.limits.video.reader is decord, which is not installed (it has wheels for Linux on x86-64): install it, or set "
-            "data.limits.video.reader to pyav"
-        ) from error
+    import decord
+
     packets = read_packets(video, header.start)
     check_end(video, times[-1], header.seconds, packets.end)
     numbers_F = packets.shown_at(times)

@@ -140,9 +140,9 @@ def test_the_limits_are_inclusive(tmp_path: Path) -> None:
         probe_image(source, root, ImageLimits(max_bytes=num_bytes - 1))
 
 
-@pytest.mark.parametrize("option", ["max_pixels", "max_bytes"])
-def test_a_limit_is_at_least_1(option: str) -> None:
-    with pytest.raises(ValueError, match=f"limits.image.{option} must be at least 1, got 0"):
+@pytest.mark.parametrize("option", ["max_pixels", "max_bytes", "max_decode_seconds", "max_memory_bytes"])
+def test_a_limit_is_above_0(option: str) -> None:
+    with pytest.raises(ValueError, match=f"limits.image.{option} must be above 0, got 0"):
         ImageLimits(**{option: 0})
 
 

@@ -135,7 +135,7 @@ def test_limits_hold_before_decoding(limits: VideoLimits, reason: str, root: Med
         clip(root, Media("video", "a.mp4"), limits=limits)
 
 
-@pytest.mark.parametrize("option", ["max_pixels", "max_bytes", "max_seconds"])
+@pytest.mark.parametrize("option", ["max_pixels", "max_bytes", "max_seconds", "max_decode_seconds", "max_memory_bytes"])
 def test_options_are_checked(option: str) -> None:
     with pytest.raises(ValueError, match=rf"limits\.video\.{option} must be above 0, got -1"):
         VideoLimits(**{option: -1})
