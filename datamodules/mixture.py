@@ -14,7 +14,8 @@ class MixtureDataModule(RowDataModule):
     """Mixes the rows of several sources: images, video, sound and text, each with files, folder and prompt of its own.
 
     Batches are cut from one order in which the rows of all sources are mixed, so that a batch may hold rows of any of them.
-    Validation and test take each row of each source once, one source after the other, and measure by source as well.
+    Validation and test take each row of each source once, spread evenly, so that trainer.limit_val_batches leaves a share of
+    each, and measure by source as well.
 
     Args:
         sources: The sources by name. The names stand in `skipped.jsonl`, in predictions and in the names of metrics

@@ -62,7 +62,8 @@ class RowSampler(Sampler[RowKey]):
 
     Args:
         portions: What each epoch takes of the sources, in the order in which the dataset has them.
-        shuffle: A new order each epoch; False: the order of the files, one after the other.
+        shuffle: A new order each epoch; False: the order of the file, and of several files each spread evenly over the epoch, so
+            that the first batches are a look at all of them.
         seed: Seed of the orders.
 
     Attributes:
@@ -106,8 +107,11 @@ class RowSampler(Sampler[RowKey]):
                 for portion, start in zip(self.portions, starts, strict=True)
             ]
         )
-        # a generator of its own: the global one serves the model, and resumes from a checkpoint
-        return keys_R2[torch.randperm(len(keys_R2), generator=_generator(self.seed, self.epoch))] if self.shuffle else keys_R2
+        if self.shuffle:
+            # a generator of its own: the global one serves the model, and resumes from a checkpoint
+            return keys_R2[torch.randperm(len(keys_R2), generator=_generator(self.seed, self.epoch))]
+        sizes = [portion.num_rows_an_epoch for portion in self.portions]
+        return keys_R2[torch.cat([(torch.arange(size) + 0.5) / size for size in sizes]).argsort(stable=True)]
 
     def __len__(self) -> int:
         return sum(portion.num_rows_an_epoch for portion in self.portions)

@@ -210,10 +210,17 @@ def test_too_many_bad_rows_are_counted_by_source(make: Callable[..., MixtureData
         list(make(max_skipped=1.0).train_dataloader())
 
 
-def test_an_evaluation_takes_each_row_once_source_by_source(make: Callable[..., MixtureDataModule]) -> None:
+def test_an_evaluation_takes_each_row_once_and_its_first_batches_a_share_of_each_source(
+    make: Callable[..., MixtureDataModule],
+) -> None:
     data = make(stage="validate")
-    in_order = [(name, row) for name, size in SIZES.items() for row in range(size)]
-    assert sum(rows(list(data.val_dataloader())), []) == in_order
+    order = sum(rows(list(data.val_dataloader())), [])
+    assert sorted(order) == [(name, row) for name, size in sorted(SIZES.items()) for row in range(size)]
+    for name, size in SIZES.items():
+        assert [row for source, row in order if source == name] == list(range(size))
+        for num_taken in range(len(order) + 1):
+            share = size * num_taken / len(order)
+            assert abs(sum(source == name for source, _ in order[:num_taken]) - share) <= 1
     first = [data.val_dataset.sample(row).origin for row in data.val_dataset.in_turn()][:4]
     assert [(origin.source, origin.line) for origin in first] == [("web", 1), ("birds", 1), ("notes", 1), ("web", 2)]
 

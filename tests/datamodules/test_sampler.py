@@ -142,7 +142,8 @@ def test_sources_are_mixed_with_their_weights() -> None:
         assert {earlier for row, earlier in orders[-1] if row >= 13} == {2 * number, 2 * number + 1}
     assert len({tuple(order) for order in orders}) == 4
     assert any(orders[0][i][0] >= 5 > orders[0][i + 1][0] for i in range(14))  # not one source after the other
-    assert [row for row, _ in mixture(shuffle=False)] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 14, 15, 13, 14, 15]
+    # rows 0 to 4 of the first source at 1/10, 3/10, ... of the epoch, 5 to 8 at 1/8, 3/8, ..., 13 to 15 twice at 1/12, 3/12, ...
+    assert [row for row, _ in mixture(shuffle=False)] == [13, 0, 5, 14, 1, 6, 15, 2, 13, 7, 3, 14, 8, 4, 15]
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 4), (2, 2), (4, 1)])
