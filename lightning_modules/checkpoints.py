@@ -56,7 +56,15 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Weights and counters agree again: saves if it is time."""
         self._weights_move = False
+        waited, self._defer_save_until_validation = self._defer_save_until_validation, False
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        waits, self._defer_save_until_validation = self._defer_save_until_validation, waited or self._defer_save_until_validation
+        monitored = self._monitor_candidates(trainer)
+        if waits and self.monitor not in monitored and not self._should_skip_saving_checkpoint(trainer):
+            # Lightning waits for the first validation, to know the best; the newest needs no metric, and a kill does not wait
+            step = self._last_global_step_saved
+            self._save_last_checkpoint(trainer, monitored)
+            self._last_global_step_saved = step  # or the validation that comes would find the step saved already
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves what was trained since the last checkpoint, unless it was stopped in the middle of an update."""

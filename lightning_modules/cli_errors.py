@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import dis
+import errno
 import inspect
 import pydoc
 import re
@@ -168,7 +169,13 @@ def reason(error: BaseException) -> str:
 
 
 def _text_for_the_user(error: BaseException) -> str:
-    """The text of an error that our code raised, here or in a loader worker; empty for any other error."""
+    """The text of an error that our code raised, here or in a loader worker, or of a full disk; empty for any other error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # wherever: a library writes files too
+        where = f" while {error.filename} was written" if error.filename else ""
+        return (
+            f"{error.strerror}{where}: make room on the disk of the run folder and on that for temporary files, or give another "
+            "run folder with --trainer.default_root_dir. What has been saved is whole: --ckpt_path last goes on from there"
+        )
     if not isinstance(error, ValueError):
         return ""
     if _is_for_the_user(error):

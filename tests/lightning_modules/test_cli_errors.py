@@ -128,6 +128,17 @@ class TestShowUserErrors:
         for function in (ours_wrongly, by_zip, other_kind, lambda: json.loads("{"), lambda: torch.zeros(2).reshape(3)):
             assert seen(caught(function), capsys) == ("", 1)
 
+    def test_a_full_disk_is_said_in_a_paragraph(self, capsys: pytest.CaptureFixture[str]) -> None:
+        def library() -> None:
+            with Path("/dev/full").open("w") as file:
+                file.write("metrics")
+
+        text, handed_on = seen(caught(library), capsys)
+        assert text.startswith("\nerror: No space left on device: make room") and text.endswith(
+            "--ckpt_path last goes on from there\n"
+        )
+        assert text.count("\n") == 2 and handed_on == 0
+
     def test_one_without_a_traceback_is_handed_on(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert seen(ValueError("x"), capsys) == ("", 1)
 

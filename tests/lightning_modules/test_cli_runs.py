@@ -218,3 +218,30 @@ def test_an_interrupted_run_ends_quietly_and_goes_on(uninterrupted: Path, in_bac
     ends = [torch.load(path / "checkpoints/last.ckpt", weights_only=True) for path in (uninterrupted, folder)]
     assert ends[0]["global_step"] == ends[1]["global_step"] == 6
     assert all(torch.equal(tensor, ends[1]["state_dict"][name]) for name, tensor in ends[0]["state_dict"].items())
+
+
+class Kill(Callback):
+    """Ends the process without a word, in the middle of a step.
+
+    Args:
+        step: After so many steps.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_backward(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
+    folder, often = tmp_path / "killed", "--checkpoint.every_n_train_steps=2"
+    steps = [option for option in MORE_STEPS if not option.startswith("--checkpoint")]
+    ended = run(folder, *steps, often, "--trainer.callbacks+", f"{__name__}.Kill", "--trainer.callbacks.step=5")
+    assert ended.code == -signal.SIGKILL
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    assert run(folder, *steps, often, "--ckpt_path=last").code == 0
+    ends = [torch.load(path / "checkpoints/last.ckpt", weights_only=True) for path in (uninterrupted, folder)]
+    assert all(torch.equal(tensor, ends[1]["state_dict"][name]) for name, tensor in ends[0]["state_dict"].items())
+    assert not [path.name for path in folder.rglob(".*")]
