@@ -108,6 +108,7 @@ def _stack(placed: Sequence[_Placed], continues: list[bool]) -> Answers:
         weight_P=torch.ones(len(pairs)),
         media_pairs_M2=torch.tensor(media_pairs, dtype=torch.long).view(-1, 2),
         continues_B=continues,
+        example_A=[answer.row for answer in placed],
     )
 
 

@@ -94,6 +94,7 @@ class Example:
         token_types: For a ready model the kind of each token: 0 text, 1 image, 2 video, 3 audio.
         positions: Position of each token; None: 0, 1, 2, …
         branches: The answer that each token belongs to, see `Batch`; None: the row has one sequence.
+        slot: Examples with the same number share a row of the batch; None: it has one of its own.
     """
 
     origin: Origin
@@ -109,6 +110,7 @@ class Example:
     token_types: list[int] | None = None
     positions: list[int] | None = None
     branches: list[int] | None = None
+    slot: int | None = None
 
 
 class CachedFeatures(TypedDict):
@@ -160,7 +162,8 @@ class Answers(TypedDict):
     the same prompt and media, in any run. `pairs_P2` holds the numbers of a chosen and of a rejected answer, with the
     `margin_P` that the row gives (else 0) and a `weight_P` of 1; of several rejected answers of a row each makes a pair with the
     chosen one. `media_pairs_M2` holds those of a chosen answer and of its corrupted one. `continues_B` tells which rows of the
-    batch belong to the same row of the data as the one before.
+    batch belong to the same row of the data as the one before; where rows are packed, which of their samples do. `example_A` is
+    the entry of `examples` that an answer belongs to.
     """
 
     row_A: Tensor
@@ -172,6 +175,7 @@ class Answers(TypedDict):
     weight_P: Tensor
     media_pairs_M2: Tensor
     continues_B: list[bool]
+    example_A: list[int]
 
 
 class Batch(TypedDict):

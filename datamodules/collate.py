@@ -4,7 +4,7 @@ Shape suffixes: B rows, T tokens, N unique media items, O occurrences, S supervi
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from datamodules.answer_rows import answer_rows
 from datamodules.batch import (
     IGNORE_INDEX,
     MODALITIES,
+    Answers,
     Batch,
     CachedFeatures,
     Example,
@@ -30,22 +31,26 @@ def collate(items: Sequence[Example | RowError], pad_id: int, side: Literal["lef
         items: Examples, and the errors of the rows that gave none.
         pad_id: Token at padded positions; any id that the model can embed.
         side: Where to pad: right for training, left for generation.
+
+    Examples with the same `slot`, which follow each other, are packed into one row; `examples` of the batch has one entry each.
     """
-    examples, answers = answer_rows([item for item in items if isinstance(item, Example)])
-    length = max((len(example.tokens) for example in examples), default=0)
-    shape = (len(examples), length)
+    given = [item for item in items if isinstance(item, Example)]
+    examples, answers = answer_rows(given)
+    places = _place(examples, [example.slot for example in given], [] if answers is None else answers["continues_B"], side)
+    num_rows = 1 + max((place.row for place in places), default=-1)
+    length = max((place.end for place in places), default=0)
+    shape = (num_rows, length)
     tokens_BT = torch.full(shape, pad_id, dtype=torch.long)
     labels_BT = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
     positions_BT = torch.zeros(shape, dtype=torch.long)
     segments_BT = torch.zeros(shape, dtype=torch.long)
-    starts = [0 if side == "right" else length - len(example.tokens) for example in examples]
-    for row, (example, start) in enumerate(zip(examples, starts, strict=True)):
+    for example, place in zip(examples, places, strict=True):
+        assert place.segment == 1 or example.labels[0] == IGNORE_INDEX, "the first token of a packed sample follows another one"
+        tokens_BT[place.row, place.span] = torch.tensor(example.tokens)
+        labels_BT[place.row, place.span] = torch.tensor(example.labels)
         size = len(example.tokens)
-        span = slice(start, start + size)
-        tokens_BT[row, span] = torch.tensor(example.tokens)
-        labels_BT[row, span] = torch.tensor(example.labels)
-        positions_BT[row, span] = torch.arange(size) if example.positions is None else torch.tensor(example.positions)
-        segments_BT[row, span] = 1
+        positions_BT[place.row, place.span] = torch.arange(size) if example.positions is None else torch.tensor(example.positions)
+        segments_BT[place.row, place.span] = place.segment
     batch = Batch(
         tokens_BT=tokens_BT,
         labels_BT=labels_BT,
@@ -59,24 +64,71 @@ def collate(items: Sequence[Example | RowError], pad_id: int, side: Literal["lef
         num_dropped_tokens=sum(example.num_dropped_tokens for example in examples),
     )
     if answers is not None:
-        batch["answers"], batch["branches_BT"] = answers, torch.zeros(shape, dtype=torch.long)
-        for row, (example, start) in enumerate(zip(examples, starts, strict=True)):
-            branches = example.branches or []
-            batch["branches_BT"][row, start : start + len(branches)] = torch.tensor(branches)
+        batch["answers"], batch["branches_BT"] = _placed_answers(answers, places), torch.zeros(shape, dtype=torch.long)
+        for example, place in zip(examples, places, strict=True):
+            branches = torch.tensor(example.branches)
+            batch["branches_BT"][place.row, place.span] = torch.where(branches > 0, branches + place.first_branch, 0)
     for modality in MODALITIES:
         rows = [example.media.get(modality, []) for example in examples]
         if any(rows):
-            batch[modality] = _stack_media(rows, starts)
+            batch[modality] = _stack_media(rows, places)
             inputs = {row: example.inputs[modality] for row, example in enumerate(examples) if modality in example.inputs}
+            assert not inputs or num_rows == len(examples), "a ready model reads the media of a row as a whole"
             if inputs:
                 batch[modality]["inputs"] = {_items_of(batch[modality], row): values for row, values in inputs.items()}
     if any(example.token_types is not None for example in examples):
         token_types_BT = torch.zeros(shape, dtype=torch.long)
-        for row, (example, start) in enumerate(zip(examples, starts, strict=True)):
-            types = example.token_types or []
-            token_types_BT[row, start : start + len(types)] = torch.tensor(types, dtype=torch.long)
+        for example, place in zip(examples, places, strict=True):
+            token_types_BT[place.row, place.span] = torch.tensor(example.token_types or 0, dtype=torch.long)
         batch["token_types_BT"] = token_types_BT
     return batch
+
+
+class _Place(NamedTuple):
+    """Where an example stands in a batch; its answers are numbered from `first_branch` + 1."""
+
+    row: int
+    start: int
+    end: int
+    segment: int
+    first_branch: int
+
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.end)
+
+
+def _place(
+    examples: Sequence[Example], slots: Sequence[int | None], continues: Sequence[bool], side: Literal["left", "right"]
+) -> list[_Place]:
+    """A row for each example, or for those that have one slot.
+
+    Args:
+        examples: Those of the batch; of the answers of one row of the data there may be several.
+        slots: Of each row of the data.
+        continues: Whether an example belongs to the same row of the data as the one before; empty: none does.
+        side: Where padding goes.
+    """
+    places: list[_Place] = []
+    length, number = max((len(example.tokens) for example in examples), default=0), -1
+    for place, example in enumerate(examples):
+        number += not (continues and continues[place])
+        slot, size = slots[number], len(example.tokens)
+        if slot is not None and place and slot == slots[number - (not (continues and continues[place]))]:
+            last, branches = places[-1], examples[place - 1].branches or [0]
+            places.append(_Place(last.row, last.end, last.end + size, last.segment + 1, last.first_branch + max(branches)))
+        else:
+            start = 0 if side == "right" else length - size
+            places.append(_Place(places[-1].row + 1 if places else 0, start, start + size, 1, 0))
+    return places
+
+
+def _placed_answers(answers: Answers, places: Sequence[_Place]) -> Answers:
+    """The answers where their examples stand."""
+    examples = answers["row_A"].tolist()
+    row_A = torch.tensor([places[example].row for example in examples])
+    first_A = torch.tensor([places[example].first_branch for example in examples])
+    return {**answers, "row_A": row_A, "branch_A": answers["branch_A"] + first_A, "example_A": examples}
 
 
 def _items_of(media: MediaBatch, row: int) -> tuple[int, ...]:
@@ -95,19 +147,19 @@ def _describe(example: Example) -> dict[str, Any]:
     }
 
 
-def _stack_media(rows: Sequence[Sequence[MediaItem]], starts: Sequence[int]) -> MediaBatch:
+def _stack_media(rows: Sequence[Sequence[MediaItem]], places_of: Sequence[_Place]) -> MediaBatch:
     places: dict[str, int] = {}
     unique: list[MediaItem] = []
     item_O, row_O, num_tokens_O, position_O = [], [], [], []
-    for row, (items, start) in enumerate(zip(rows, starts, strict=True)):
+    for items, place in zip(rows, places_of, strict=True):
         for item in items:
             if item.key not in places:
                 places[item.key] = len(unique)
                 unique.append(item)
             item_O.append(places[item.key])
-            row_O.append(row)
+            row_O.append(place.row)
             num_tokens_O.append(item.num_tokens)
-            position_O.append(start + item.position)
+            position_O.append(place.start + item.position)
     padded, mask = _pad([item.media for item in unique if not item.has_features])
     batch = MediaBatch(
         media=padded,

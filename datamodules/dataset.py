@@ -25,6 +25,7 @@ from datamodules.parts import Prepared, media_shape
 from datamodules.processor import Processor
 from datamodules.prompt_template import PromptTemplate
 from datamodules.row_dataset import RowDataset, RowKey
+from datamodules.row_sizes import row_size
 from datamodules.sources import MediaError, MediaRoot
 
 log = logging.getLogger(__name__)
@@ -139,16 +140,24 @@ class MultiModalDataset(RowDataset):
     def _length(self, sample: Sample) -> int:
         self.processor.check_media(sample)
         num_tokens = {
-            modality: [self._num_tokens(medium, sample) for medium in sample.media(modality)] for modality in MODALITIES
+            modality: [self.processor.num_tokens(modality, self.shape(medium, sample)) for medium in sample.media(modality)]
+            for modality in MODALITIES
         }
         return len(self.processor.encode(sample, num_tokens, self.generate).tokens)
 
-    def _num_tokens(self, medium: Media, sample: Sample) -> int:
+    def shape(self, medium: Media, sample: Sample) -> tuple[int, ...]:
+        """Shape of a medium of a sample, decoded, from its header alone.
+
+        Raises:
+            RowError: It cannot be used.
+        """
         try:
-            shape = probe(medium, self.media_root, self.limits, self.processor.encoders[medium.modality].transform)
+            return probe(medium, self.media_root, self.limits, self.processor.encoders[medium.modality].transform)
         except MediaError as error:
             raise RowError(sample.origin, str(error)) from error
-        return self.processor.num_tokens(medium.modality, shape)
+
+    def size(self, row: int) -> tuple[int, int]:
+        return row_size(self, row)
 
     def decode(self, sample: Sample, key: RowKey | None = None) -> dict[Modality, list[tuple[str, Decoded]]]:
         return self._each_medium(sample, lambda medium, place: self._decode(medium, sample, key, place))

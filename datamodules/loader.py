@@ -3,15 +3,19 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
 from datamodules.batch import MODALITIES, Batch, Example, Modality, RowError
+from datamodules.batching import Batching
 from datamodules.cache import CacheOptions
 from datamodules.collate import collate
+from datamodules.packing import RowSizes
 from datamodules.row_dataset import RowDataset
+from datamodules.row_sizes import row_sizes
 from datamodules.sampler import GlobalBatches, Portion, RowSampler
 from datamodules.skipped import SkippedRows
 
@@ -42,6 +46,7 @@ class RowLoader:
         rank: This process.
         world_size: Number of processes.
         media_cache: Where decoded and transformed media are kept; None: nowhere.
+        batching: What a batch has `batch_size` of.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class RowLoader:
         rank: int = 0,
         world_size: int = 1,
         media_cache: CacheOptions | None = None,
+        batching: Batching = Batching(),  # it is frozen
     ) -> None:
         self.dataset = dataset
         self.skipped = skipped
@@ -64,10 +70,18 @@ class RowLoader:
         weights = weights or {}
         self.portions = {s.name: Portion(len(s), weights.get(s.name, 1.0), s.seed) for s in dataset.sources}
         self.rows = RowSampler(list(self.portions.values()), shuffle, seed)
-        self.batches = GlobalBatches(self.rows, batch_size, rank, world_size)
+        self.batches = GlobalBatches(self.rows, batch_size, rank, world_size, batching, self.sizes)
         self.counts: Counter[str] = Counter()
         self._loader: DataLoader[Batch] | None = None
         self._next_report = 1
+
+    @cached_property
+    def _all_sizes(self) -> RowSizes:
+        return row_sizes(self.dataset, self.num_workers)
+
+    def sizes(self) -> RowSizes:
+        """The sizes of all rows; they are looked at when this is first asked."""
+        return self._all_sizes
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -240,6 +254,7 @@ class StatefulLoader(RowLoader):
         return {
             **order,
             "batch_size x processes": self.batches.global_size,
+            **({"batching": str(self.batches.batching)} if self.batches.batching.kind != "rows" else {}),
             "shuffle": self.rows.shuffle,
             "seed": self.rows.seed,
         }

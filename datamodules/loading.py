@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from datamodules.answer_form import AnswerForm
 from datamodules.augment import Augment
 from datamodules.batch import Batch, Example, Modality, RowError
+from datamodules.batching import Batching
 from datamodules.cache import CacheOptions
 from datamodules.collate import collate
 from datamodules.dataset import MultiModalDataset
@@ -21,8 +22,9 @@ from datamodules.loader import Progress, RowLoader, StatefulLoader
 from datamodules.mixture_dataset import MixtureDataset
 from datamodules.processor import Processor
 from datamodules.row_dataset import RowDataset
+from datamodules.row_sizes import once_a_machine
 from datamodules.skipped import SkippedRows
-from datamodules.source import Source, Split, check_option, source_option
+from datamodules.source import Source, Split, check_option, names_with_rows, source_option
 from datamodules.split import Rows, hold_out_rows
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class RowDataModule(L.LightningDataModule):
         seed: Seed of the order of the rows, of the split and of the augmentation.
         media_cache: Keeps decoded and transformed media on disk, so that an epoch after the first, or another run, does not
             decode them again; None: does not. Media that are augmented at random are not kept.
+        batching: How training rows become batches: so many rows, as many of like length as fit, or packs.
         processor: Comes from the model; not set by hand.
         answer_form: Comes from the model; not set by hand.
     """
@@ -57,6 +60,7 @@ class RowDataModule(L.LightningDataModule):
         max_skipped: float = 0.01,
         seed: int = 0,
         media_cache: CacheOptions | None = None,
+        batching: Batching = Batching(),  # it is frozen
         processor: Processor | None = None,
         answer_form: AnswerForm | None = None,
     ) -> None:
@@ -74,6 +78,7 @@ class RowDataModule(L.LightningDataModule):
         self.max_skipped = max_skipped
         self.seed = seed
         self.media_cache = media_cache
+        self.batching = batching
         self.processor = processor
         self.answer_form = AnswerForm() if answer_form is None else answer_form
         self.train_loader: StatefulLoader | None = None
@@ -99,7 +104,9 @@ class RowDataModule(L.LightningDataModule):
         Raises:
             ValueError: The split has no file, or a file, a media root or a prompt template cannot be used.
         """
-        datasets = {name: self.source_dataset(split, name, (rows or {}).get(name)) for name in self._names(split)}
+        datasets = {
+            name: self.source_dataset(split, name, (rows or {}).get(name)) for name in names_with_rows(self.sources, split)
+        }
         return datasets[""] if "" in datasets else MixtureDataset(list(datasets.values()))
 
     def source_dataset(self, split: Split, name: str, rows: Sequence[int] | None = None) -> MultiModalDataset:
@@ -155,16 +162,21 @@ class RowDataModule(L.LightningDataModule):
 
     def on_exception(self, exception: BaseException) -> None:
         """Ends the worker processes of a run that is stopped."""
-        for loader in self._loaders:
-            loader.stop_workers()
+        self.teardown("fit")
 
     def train_dataloader(self) -> StatefulLoader:
         """Training batches; made once for each fit, and it goes on where a resumed run stopped."""
         if self.train_loader is None:
             weights = {name: source.weight for name, source in self.sources.items()}
             self.train_loader = self._loader(
-                StatefulLoader, self.train_dataset, self.batch_size, weights=weights, shuffle=self._shuffles()
+                StatefulLoader,
+                self.train_dataset,
+                self.batch_size,
+                weights=weights,
+                shuffle=self._shuffles(),
+                batching=self.batching,
             )
+            once_a_machine(self.train_loader, self.trainer)
             self.train_loader.progress = self._progress if self.trainer is not None else None
             if self._resume_state is not None:
                 self.train_loader.load_state_dict(self._resume_state)
@@ -226,21 +238,6 @@ class RowDataModule(L.LightningDataModule):
         if self.processor is None:
             raise ValueError("the data module has no processor: run it through train.py, or pass processor=model.processor")
         return self.processor
-
-    def _names(self, split: Split) -> list[str]:
-        """The sources that have rows in a split."""
-        names = [name for name, source in self.sources.items() if source.path(split) is not None]
-        if not names:
-            if "" in self.sources:
-                option = self.sources[""].path_option(split)
-                held_out = ", or data.val_fraction to hold some of the training rows out" if split == "val" else ""
-                raise ValueError(f"data.{option} is not set: give the JSONL file of the {split} rows{held_out}")
-            held_out = ", or a val_fraction to hold some of its training rows out" if split == "val" else ""
-            raise ValueError(
-                f"none of the sources {', '.join(self.sources)} has {split} rows: give one of them the JSONL file of its rows, "
-                f"with data.sources.<name>.{split}_path{held_out}"
-            )
-        return names
 
     def _open(self, split: Split, rows: Rows | None = None) -> RowDataset:
         """The dataset of a split, tried out: what is wrong with it is said here as one paragraph, and not inside a worker."""

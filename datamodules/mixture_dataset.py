@@ -34,9 +34,9 @@ class MixtureDataset(RowDataset):
         return self._ends[-1]
 
     def __getitem__(self, key: int | RowKey) -> Example:
-        row, epoch = key if isinstance(key, RowKey) else (key, 0)
-        source, own_row = self._find(row)
-        return source[RowKey(own_row, epoch)]
+        key = key if isinstance(key, RowKey) else RowKey(key, 0)
+        source, own_row = self._find(key.row)
+        return source[key._replace(row=own_row)]
 
     def sample(self, row: int) -> Sample:
         source, own_row = self._find(row)
@@ -45,6 +45,10 @@ class MixtureDataset(RowDataset):
     def num_tokens(self, row: int) -> int:
         source, own_row = self._find(row)
         return source.num_tokens(own_row)
+
+    def size(self, row: int) -> tuple[int, int]:
+        source, own_row = self._find(row)
+        return source.size(own_row)
 
     def decode(self, sample: Sample, key: RowKey | None = None) -> dict[Modality, list[tuple[str, Decoded]]]:
         own_key = None if key is None else key._replace(row=self._find(key.row)[1])

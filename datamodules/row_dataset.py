@@ -19,10 +19,12 @@ class RowKey(NamedTuple):
     """A row, and how often it has come before: what an example, augmentation included, is a pure function of.
 
     The second is the epoch, where each epoch has each row once; in a mixture it is the pass over the rows of the source.
+    The third, where rows are packed, says which of them share a row of the batch; the example does not depend on it.
     """
 
     row: int
     epoch: int
+    slot: int | None = None
 
 
 class RowDataset(Dataset[Example]):
@@ -75,6 +77,16 @@ class RowDataset(Dataset[Example]):
         """
 
     @abstractmethod
+    def size(self, row: int) -> tuple[int, int]:
+        """What a row takes of a batch: tokens of the language model, and tokens that go through encoders; see `num_tokens`.
+
+        Here answers that are compared share what they share in a batch.
+
+        Raises:
+            RowError: The row cannot be used.
+        """
+
+    @abstractmethod
     def decode(self, sample: Sample, key: RowKey | None = None) -> dict[Modality, list[tuple[str, Decoded]]]:
         """Decoded media of a sample by modality, each with a key of its content.
 
@@ -90,9 +102,13 @@ class RowDataset(Dataset[Example]):
         items: list[Example | RowError] = []
         for key in keys:
             try:
-                items.append(self[key])
+                example = self[key]
             except RowError as error:
                 items.append(error)
+                continue
+            if isinstance(key, RowKey):
+                example.slot = key.slot
+            items.append(example)
         return items
 
     def in_turn(self) -> Iterator[int]:

@@ -1,16 +1,19 @@
 """Which rows make which batch: a pure function of seed and epoch, so that a run can go on anywhere.
 
-Shape suffixes: R rows of an epoch, in their order; 2 row and epoch, as in `RowKey`.
+Shape suffixes: R rows of an epoch, in their order; 2 row and epoch, as in `RowKey`; U units.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from datamodules.batching import Batching
+from datamodules.packing import RowSizes
 from datamodules.row_dataset import RowKey
 
 
@@ -98,18 +101,19 @@ class RowSampler(Sampler[RowKey]):
             self.go_to(self.epoch + 1, 0)
         self._begun = True
 
-    def order(self) -> Tensor:
-        """Rows of the dataset, and the pass that each of them belongs to: keys_R2 of the epoch at hand."""
+    def order(self, epoch: int | None = None) -> Tensor:
+        """Rows of the dataset, and the pass that each of them belongs to: keys_R2 of an epoch; None: of the one at hand."""
+        epoch = self.epoch if epoch is None else epoch
         starts = [sum(portion.num_rows for portion in self.portions[:place]) for place in range(len(self.portions))]
         keys_R2 = torch.cat(
             [
-                portion.rows(self.epoch, self.shuffle) + torch.tensor([start, 0])
+                portion.rows(epoch, self.shuffle) + torch.tensor([start, 0])
                 for portion, start in zip(self.portions, starts, strict=True)
             ]
         )
         if self.shuffle:
             # a generator of its own: the global one serves the model, and resumes from a checkpoint
-            return keys_R2[torch.randperm(len(keys_R2), generator=_generator(self.seed, self.epoch))]
+            return keys_R2[torch.randperm(len(keys_R2), generator=_generator(self.seed, epoch))]
         sizes = [portion.num_rows_an_epoch for portion in self.portions]
         return keys_R2[torch.cat([(torch.arange(size) + 0.5) / size for size in sizes]).argsort(stable=True)]
 
@@ -121,45 +125,98 @@ class RowSampler(Sampler[RowKey]):
 
 
 class GlobalBatches(Sampler[list[RowKey]]):
-    """Batches of `batch_size` rows for each rank, cut from one order that all ranks share.
+    """Batches of `batch_size` units for each rank, cut from one order that all ranks share; a unit is a row, or see `Batching`.
 
     No row is repeated and none is left out: the last batch of an epoch is smaller, and may be empty on some ranks, but
     all ranks have equally many batches. What one rank gets in a batch of 8, eight ranks get in batches of 1.
 
+    Each epoch has as many batches as the first, since a trainer asks once. Where rows are packed, another epoch may need some
+    packs more or fewer: then its last batch is larger, or the last ones are empty.
+
     Args:
         sampler: The order; its `batch` says where to begin.
-        batch_size: Rows a batch, on each rank.
+        batch_size: Units a batch, on each rank.
         rank: This process.
         world_size: Number of processes.
+        batching: What a unit is.
+        sizes: Gives the sizes of all rows of the dataset; asked where units are not rows.
     """
 
-    def __init__(self, sampler: RowSampler, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        sampler: RowSampler,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        batching: Batching = Batching(),  # it is frozen
+        sizes: Callable[[], RowSizes] | None = None,
+    ) -> None:
         self.sampler = sampler
-        self.batch_size = batch_size
+        self.batch_size = 1 if batching.kind == "padded" else batch_size
         self.rank = rank
         self.world_size = world_size
+        self.batching = batching
+        self._sizes = sizes
+        self._units: tuple[int, Units] | None = None
+        self._num_batches: int | None = None
 
     @property
     def global_size(self) -> int:
-        """Rows of a batch on all ranks together."""
+        """Units of a batch on all ranks together."""
         return self.batch_size * self.world_size
 
     def __len__(self) -> int:
-        return -(-len(self.sampler) // self.global_size)
+        if self._num_batches is None:
+            num_units = len(self.sampler) if self.batching.kind == "rows" else len(self._plan(0).ends_U)
+            self._num_batches = -(-num_units // self.global_size)
+        return self._num_batches
 
     def own_rows(self, num_batches: int) -> list[Tensor]:
         """Which rows of each source this rank gets in the first batches of the epoch at hand, by their number in the source."""
         num_rows = [portion.num_rows for portion in self.sampler.portions]
-        # as below, since each batch begins at a multiple of world_size
-        rows_R = self.sampler.order()[: num_batches * self.global_size, 0][self.rank :: self.world_size]
+        units = self._plan(self.sampler.epoch)
+        keys = [keys_R2 for batch in range(num_batches) for keys_R2 in self._own(units, batch)]
+        rows_R = torch.cat(keys)[:, 0] if keys else torch.empty(0, dtype=torch.long)
         source_R = torch.bucketize(rows_R.contiguous(), torch.tensor(num_rows).cumsum(0), right=True)
         return [rows_R[source_R == source] - sum(num_rows[:source]) for source in range(len(num_rows))]
 
     def __iter__(self) -> Iterator[list[RowKey]]:
-        size, order_R2 = self.global_size, self.sampler.order()
+        units = self._plan(self.sampler.epoch)
+        is_packed = self.batching.kind == "packed"
         for batch in range(self.sampler.batch, len(self)):
-            keys_R2 = order_R2[batch * size : (batch + 1) * size][self.rank :: self.world_size]
-            yield [RowKey(row, epoch) for row, epoch in keys_R2.tolist()]
+            yield [
+                RowKey(row, epoch, slot if is_packed else None)
+                for slot, keys_R2 in enumerate(self._own(units, batch))
+                for row, epoch in keys_R2.tolist()
+            ]
+
+    def _own(self, units: "Units", batch: int) -> list[Tensor]:
+        """The units of a batch that this rank gets."""
+        end = len(units.ends_U) if batch == len(self) - 1 else min((batch + 1) * self.global_size, len(units.ends_U))
+        return [units.keys(unit) for unit in range(batch * self.global_size + self.rank, end, self.world_size)]
+
+    def _plan(self, epoch: int) -> "Units":
+        if self._units is None or self._units[0] != epoch:
+            keys_R2 = self.sampler.order(epoch)
+            ends_U = torch.arange(1, len(keys_R2) + 1)
+            if self.batching.kind != "rows":
+                assert self._sizes is not None, "units of several rows are made of their sizes"
+                sizes = self._sizes().take(keys_R2[:, 0].numpy())
+                packs = self.batching.units(sizes, self.global_size, self.sampler.seed * 1_000_003 + epoch)
+                keys_R2, ends_U = keys_R2[torch.from_numpy(packs.rows_R)], torch.from_numpy(packs.ends_P)
+            self._units = epoch, Units(keys_R2, ends_U)
+        return self._units[1]
+
+
+class Units(NamedTuple):
+    """Rows in the order of their units: `keys_R2`, and where each unit ends."""
+
+    keys_R2: Tensor
+    ends_U: Tensor
+
+    def keys(self, unit: int) -> Tensor:
+        """The rows of a unit."""
+        return self.keys_R2[int(self.ends_U[unit - 1]) if unit else 0 : int(self.ends_U[unit])]
 
 
 def _generator(seed: int, number: int) -> torch.Generator:

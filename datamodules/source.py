@@ -144,6 +144,30 @@ class Source:
         )
 
 
+def names_with_rows(sources: Mapping[str, Source], split: Split) -> list[str]:
+    """The names of the sources that have rows in a split.
+
+    Args:
+        sources: By name.
+        split: Which one.
+
+    Raises:
+        ValueError: None of them has.
+    """
+    names = [name for name, source in sources.items() if source.path(split) is not None]
+    if not names:
+        if "" in sources:
+            option = sources[""].path_option(split)
+            held_out = ", or data.val_fraction to hold some of the training rows out" if split == "val" else ""
+            raise ValueError(f"data.{option} is not set: give the JSONL file of the {split} rows{held_out}")
+        held_out = ", or a val_fraction to hold some of its training rows out" if split == "val" else ""
+        raise ValueError(
+            f"none of the sources {', '.join(sources)} has {split} rows: give one of them the JSONL file of its rows, "
+            f"with data.sources.<name>.{split}_path{held_out}"
+        )
+    return names
+
+
 def source_option(name: str) -> str:
     """What a source is called on the command line."""
     return f"data.sources.{name}" if name else "data"

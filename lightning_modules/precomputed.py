@@ -118,7 +118,7 @@ class PrecomputedReference(Reference):
         return {answer: parts[answer] for answer in missing}
 
     def _of_row(self, batch: Batch, answer: int) -> str:
-        example = batch["examples"][int(batch["answers"]["row_A"][answer])]
+        example = batch["examples"][batch["answers"]["example_A"][answer]]
         return f"{example['file']}:{example['line']}: the {batch['answers']['roles'][answer]} answer"
 
 

@@ -252,6 +252,12 @@ class MultiModalModel(nn.Module):
             batch: What the data side made.
             encoded: Its media, where they are encoded already.
         """
+        if len(batch["examples"]) > len(batch["tokens_BT"]) and not self.language_model.takes_branches:
+            raise ValueError(
+                f"{self.language_model.name_or_path} cannot keep the samples of a packed row apart (not all of its layers are "
+                "attention to given positions, or its kernel takes no mask): set data.batching.kind to padded or rows, or "
+                "language_model.attn_implementation to sdpa"
+            )
         if has_branches(batch) and not self.language_model.takes_branches:
             apart = take_apart(batch)
             return apart.join(self(apart.batch, encoded))

@@ -137,13 +137,13 @@ def test_sources_are_mixed_with_their_weights() -> None:
     for number in range(4):
         sampler.set_epoch(number)
         orders.append([tuple(key) for key in sampler])
-        of_source = [sum(start <= row < end for row, _ in orders[-1]) for start, end in ((0, 5), (5, 13), (13, 16))]
+        of_source = [sum(start <= row < end for row, *_ in orders[-1]) for start, end in ((0, 5), (5, 13), (13, 16))]
         assert of_source == [5, 4, 6] and len(sampler) == 15
-        assert {earlier for row, earlier in orders[-1] if row >= 13} == {2 * number, 2 * number + 1}
+        assert {earlier for row, earlier, _ in orders[-1] if row >= 13} == {2 * number, 2 * number + 1}
     assert len({tuple(order) for order in orders}) == 4
     assert any(orders[0][i][0] >= 5 > orders[0][i + 1][0] for i in range(14))  # not one source after the other
     # rows 0 to 4 of the first source at 1/10, 3/10, ... of the epoch, 5 to 8 at 1/8, 3/8, ..., 13 to 15 twice at 1/12, 3/12, ...
-    assert [row for row, _ in mixture(shuffle=False)] == [13, 0, 5, 14, 1, 6, 15, 2, 13, 7, 3, 14, 8, 4, 15]
+    assert [row for row, *_ in mixture(shuffle=False)] == [13, 0, 5, 14, 1, 6, 15, 2, 13, 7, 3, 14, 8, 4, 15]
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 4), (2, 2), (4, 1)])

@@ -1,0 +1,160 @@
+"""Which rows share a place of a batch, so that little of it is padding: pure functions of the rows' sizes.
+
+Shape suffixes: R rows, P packs, 2 tokens and encoder tokens.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_TRIES = 16
+"""Packs with room for a row's tokens that are asked whether they have room for its media, too."""
+
+
+class RowSizes(NamedTuple):
+    """How much of a batch each row takes: `tokens_R` of the language model, and `encoded_R` that go through encoders."""
+
+    tokens_R: np.ndarray
+    encoded_R: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "RowSizes":
+        """The sizes of some rows."""
+        return RowSizes(self.tokens_R[rows], self.encoded_R[rows])
+
+
+class Packs(NamedTuple):
+    """Rows in the order of their packs: pack p holds rows_R[ends_P[p - 1] : ends_P[p]]."""
+
+    rows_R: np.ndarray
+    ends_P: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ends_P)
+
+    def lists(self) -> list[np.ndarray]:
+        """The rows of each pack."""
+        return np.split(self.rows_R, self.ends_P[:-1]) if len(self) else []
+
+    def sums(self, sizes_R: np.ndarray) -> np.ndarray:
+        """What the rows of each pack add up to."""
+        totals = np.concatenate([[0], np.cumsum(sizes_R[self.rows_R])])
+        return np.diff(totals[np.concatenate([[0], self.ends_P])])
+
+
+def from_lists(lists: Sequence[Sequence[int] | np.ndarray]) -> Packs:
+    """Packs of lists of rows."""
+    ends_P = np.cumsum([len(rows) for rows in lists], dtype=np.int64)
+    return Packs(np.concatenate([np.asarray(rows, np.int64) for rows in lists]) if lists else np.empty(0, np.int64), ends_P)
+
+
+def best_fit(sizes: RowSizes, max_tokens: int, max_encoded: int | None = None) -> Packs:
+    """Packs rows so that few packs are needed: best fit decreasing (Johnson 1974, within 11/9 of the fewest).
+
+    The longest row comes first, and each goes into the fullest pack that has room for it. A row that is longer than a pack gets
+    one of its own. Rows of one length are taken in their order.
+
+    Args:
+        sizes: Of each row.
+        max_tokens: Tokens that a pack holds.
+        max_encoded: Tokens of encoders that a pack holds; None: any number.
+    """
+    order_R = np.argsort(-sizes.tokens_R, kind="stable")
+    tokens, encoded = sizes.tokens_R.tolist(), sizes.encoded_R.tolist()
+    limit = sum(encoded) if max_encoded is None else max_encoded
+    least = min((size for size in encoded if size), default=0)
+    packs: list[list[int]] = []
+    media_rooms: list[int] = []  # encoder tokens that a pack still has room for
+    takes_media, takes_text = _Rooms(max_tokens), _Rooms(max_tokens)
+    for row in order_R.tolist():
+        size, media = tokens[row], encoded[row]
+        found = None
+        for rooms in (takes_media,) if media else (takes_text, takes_media):
+            if found is None and size <= max_tokens:
+                found = rooms.take(size, media, media_rooms)
+        if found is None:
+            packs.append([row])
+            media_rooms.append(limit - media)
+            pack, room = len(packs) - 1, max(max_tokens, size)
+        else:
+            pack, room = found
+            packs[pack].append(row)
+            media_rooms[pack] -= media
+        (takes_media if media_rooms[pack] >= least else takes_text).put(pack, room - size)
+    return from_lists(packs)
+
+
+class _Rooms:
+    """Packs by the tokens that they have room for."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self._packs: list[list[int]] = [[] for _ in range(max_tokens + 1)]
+        self._occupied = 0  # bit i: there are packs with room for i tokens
+
+    def put(self, pack: int, room: int) -> None:
+        self._packs[room].append(pack)
+        self._occupied |= 1 << room
+
+    def take(self, size: int, media: int, media_rooms: Sequence[int]) -> tuple[int, int] | None:
+        """Takes out the fullest pack with room for a row: the pack, and its room; of packs with room for its tokens a few are
+        asked whether they have room for its media."""
+        tries, above, offset = _TRIES, self._occupied >> size, size
+        while above and tries:
+            room = offset + (above & -above).bit_length() - 1
+            packs = self._packs[room]
+            for place in range(-1, -min(tries, len(packs)) - 1, -1):
+                if media_rooms[packs[place]] >= media:
+                    pack = packs.pop(place)
+                    if not packs:
+                        self._occupied &= ~(1 << room)
+                    return pack, room
+            tries -= min(tries, len(packs))
+            above, offset = self._occupied >> (room + 1), room + 1
+        return None
+
+
+def similar_lengths(sizes: RowSizes, max_tokens: int, max_encoded: int | None = None) -> Packs:
+    """Groups rows of like length, for batches that are padded: the longest row of a group times its rows is at most `max_tokens`.
+
+    Args:
+        sizes: Of each row.
+        max_tokens: Tokens of a group, its padding included.
+        max_encoded: Tokens of encoders in a group; None: any number.
+    """
+    order_R = np.argsort(sizes.tokens_R, kind="stable")
+    groups: list[list[int]] = [[]]
+    encoded_sum = 0
+    for row in order_R.tolist():
+        size, encoded = int(sizes.tokens_R[row]), int(sizes.encoded_R[row])  # the longest of its group so far
+        is_full = size * (len(groups[-1]) + 1) > max_tokens or (max_encoded is not None and encoded_sum + encoded > max_encoded)
+        if groups[-1] and is_full:
+            groups.append([])
+            encoded_sum = 0
+        groups[-1].append(row)
+        encoded_sum += encoded
+    return from_lists([group for group in groups if group])
+
+
+def balance(costs_P: np.ndarray, group_size: int, generator: np.random.Generator) -> np.ndarray:
+    """An order of packs in which each stretch of `group_size` holds packs of like cost, the stretches in random order.
+
+    The processes of a step wait for the slowest of them: what they get at one time should cost the same.
+
+    Args:
+        costs_P: Of each pack.
+        group_size: Packs of a step, on all processes together.
+        generator: Draws the order of the stretches; a smaller one at the end stays there.
+    """
+    by_cost_P = np.argsort(costs_P, kind="stable")
+    whole = len(costs_P) // group_size
+    # the few that are left over are taken at random, and not the dearest
+    left_over = np.sort(generator.choice(len(costs_P), len(costs_P) - whole * group_size, replace=False))
+    kept_P = np.delete(by_cost_P, left_over)
+    groups = kept_P.reshape(whole, group_size)[generator.permutation(whole)]
+    return np.concatenate([groups.ravel(), by_cost_P[left_over]])
+
+
+def imbalance(costs_P: np.ndarray, group_size: int) -> float:
+    """How much longer the steps take than if all processes had the same to do: the mean of max / mean over steps, weighted."""
+    whole = costs_P[: len(costs_P) // group_size * group_size].reshape(-1, group_size)
+    return float(whole.max(1).sum() / whole.mean(1).sum())

@@ -1,0 +1,124 @@
+"""Sizes of rows are those of their examples, found without decoding, and kept."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules import media_image
+from datamodules.answer_form import AnswerForm
+from datamodules.batch import RowError
+from datamodules.batching import Batching
+from datamodules.collate import collate
+from datamodules.dataset import MultiModalDataset
+from datamodules.row_sizes import row_sizes
+from tests.datamodules.loader_fakes import write_rows
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, row_processor) -> MultiModalDataset:
+    """Nine rows, of which one is malformed and one lacks its picture."""
+    path = write_rows(tmp_path / "rows.jsonl", 9, {3: "{"})
+    rows = path.read_text().splitlines()
+    longer = json.loads(rows[1])
+    longer["messages"][-1]["content"] += " and a few more words"
+    rows[1] = json.dumps(longer)
+    lost = json.loads(rows[5])
+    lost["images"] = ["lost.png"]
+    rows[5] = json.dumps(lost)
+    path.write_text("\n".join(rows) + "\n")
+    return MultiModalDataset(str(path), str(tmp_path), row_processor)
+
+
+def test_sizes_are_those_of_the_examples(dataset, monkeypatch):
+    expected = []
+    for row in range(len(dataset)):
+        try:
+            example = dataset[row]
+        except RowError:
+            expected.append((0, 0))
+            continue
+        expected.append((len(example.tokens), 2 * len(example.media.get("image", []))))
+    assert expected.count((0, 0)) == 2
+    assert len({tokens for tokens, _ in expected}) > 2
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("a picture was decoded"))
+    sizes = row_sizes(dataset, num_workers=0)
+    assert [*zip(sizes.tokens_R.tolist(), sizes.encoded_R.tolist(), strict=True)] == expected
+
+
+def test_they_are_found_again_and_not_where_something_changed(dataset, cache_home, monkeypatch):
+    first = row_sizes(dataset, num_workers=0)
+    with monkeypatch.context() as change:
+        change.setattr(media_image, "probe_image", lambda *args: pytest.fail("a header was read"))
+        again = row_sizes(dataset, num_workers=0)
+    assert np.array_equal(first.tokens_R, again.tokens_R)
+    (kept,) = (cache_home / "omnilit" / "sizes").iterdir()
+    path = Path(dataset.file.path)
+    path.write_text(path.read_text())  # a new time
+    other = MultiModalDataset(str(path), str(path.parent), dataset.processor, rows=[0, 1, 2])
+    assert len(row_sizes(other, num_workers=0).tokens_R) == 3
+    assert len([*kept.parent.iterdir()]) == 2
+
+
+def test_workers_find_the_same(dataset):
+    alone = [dataset.size(row) if row not in (3, 5) else (0, 0) for row in range(9)]
+    sizes = row_sizes(dataset, num_workers=2)
+    assert [*zip(sizes.tokens_R.tolist(), sizes.encoded_R.tolist(), strict=True)] == alone
+
+
+def test_answers_share_their_prompt(tmp_path, row_processor):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    question = "<image>What is the colour of the bus at the corner of the street?"
+    row = {"prompt": question, "chosen": "A red bus.", "rejected": "It is blue.", "images": ["a.png"]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    for shared in (True, False):
+        form = AnswerForm("pairs", shared_prompt=shared)
+        dataset = MultiModalDataset(str(tmp_path / "pairs.jsonl"), str(tmp_path), row_processor, answer_form=form)
+        batch = collate([dataset[0]], pad_id=0)
+        tokens, encoded = dataset.size(0)
+        assert (tokens, encoded) == (batch["num_tokens"], 2)
+        assert len(batch["tokens_BT"]) == (1 if shared else 2)
+
+
+def test_a_packed_epoch_has_each_good_row_once(tmp_path, make_image_data):
+    data = make_image_data(batching=Batching(kind="packed", max_tokens=120), max_skipped=0.5)
+    data.setup("fit")
+    batches = [*data.train_dataloader()]
+    lines = sorted(example["line"] for batch in batches for example in batch["examples"])
+    assert lines == [1, 2, 3, 4, 5, 6, 7]
+    assert any(batch["segments_BT"].max() > 1 for batch in batches)
+    assert data.row_counts() == {"rows": 7, "trained": 7, "skipped": 0, "not_reached": 0, "dropped_tokens": 0}
+
+
+def test_a_packed_run_goes_on_where_it_stopped(make_image_data):
+    options = {"batching": Batching(kind="packed", max_tokens=60), "batch_size": 1}
+
+    def lines(loader) -> list[list[int]]:
+        return [[example["line"] for example in batch["examples"]] for batch in loader]
+
+    whole = make_image_data(**options)
+    whole.setup("fit")
+    expected = lines(whole.train_dataloader()) + lines(whole.train_dataloader())
+    stopped = make_image_data(**options)
+    stopped.setup("fit")
+    loader = iter(stopped.train_dataloader())
+    taken = [[example["line"] for example in next(loader)["examples"]] for _ in range(2)]
+    state = stopped.state_dict()
+    resumed = make_image_data(**options)
+    resumed.setup("fit")
+    resumed.load_state_dict(state)
+    rest = lines(resumed.train_dataloader()) + lines(resumed.train_dataloader())
+    assert taken + rest == expected
+    other = make_image_data(**options | {"batching": Batching(kind="packed", max_tokens=80)})
+    other.setup("fit")
+    with pytest.raises(ValueError, match="batching Batching"):
+        other.load_state_dict(state)
+        other.train_dataloader()

@@ -1,0 +1,147 @@
+"""Samples that share a row compute what they compute alone: losses, gradients, with media, answers and cross-attention.
+
+Shape suffixes: B rows, T tokens, S supervised positions.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import MEDIA_TOKEN_IDS, NUM_PATCHES, VOCABULARY, _example, _pixels
+from torch import Tensor
+
+from datamodules.answer_rows import AnswerExample
+from datamodules.batch import IGNORE_INDEX, Example, Origin, answers_of_positions
+from datamodules.collate import collate
+from encoders.tuning import Tune
+from lightning_modules.losses import cross_entropy, supervised
+from models.cross_attention import GatedCrossAttentionFusion
+
+LAYOUTS = [[5, "a", 7, 4], [2, "a", 3, "b", 2, 6], [6, 3], [3, "c", 2], [9, 5]]
+SLOTS = [0, 0, 1, 1, 1]
+
+
+def examples_of(layouts=LAYOUTS, placeholders: int = NUM_PATCHES, seed: int = 0) -> list[Example]:
+    generator = torch.Generator().manual_seed(seed)
+    media = {name: _pixels(generator) for name in "abc"}
+    return [_example(number, layout, media, placeholders, generator) for number, layout in enumerate(layouts)]
+
+
+def packed(examples: list[Example], slots=SLOTS) -> list[Example]:
+    return [replace(example, slot=slot) for example, slot in zip(examples, slots, strict=True)]
+
+
+def loss_of(model, batch) -> Tensor:
+    hidden_SD, labels_S = supervised(model(batch), batch["labels_BT"])
+    total, count, _ = cross_entropy(hidden_SD, model.language_model.head, labels_S)
+    return total / count
+
+
+def gradients(model) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_same(model, one, other) -> None:
+    loss, expected = loss_of(model, one), loss_of(model, other)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    got = gradients(model)
+    expected.backward()
+    wanted = gradients(model)
+    assert got.keys() == wanted.keys() and any("projector" in name for name in got)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5 * max(1.0, float(gradient.abs().max())), msg=name)
+
+
+def test_a_packed_batch_as_literal_tensors():
+    one = Example(Origin("f", 1), "1", [5, 6, 7], [-100, 6, 7])
+    two = Example(Origin("f", 2), "2", [8, 9], [-100, 9], choices=[[9, 4]])
+    three = Example(Origin("f", 3), "3", [1, 2], [-100, 2])
+    batch = collate([replace(one, slot=0), replace(two, slot=0), replace(three, slot=1)], pad_id=0)
+    assert batch["tokens_BT"].tolist() == [[5, 6, 7, 8, 9], [1, 2, 0, 0, 0]]
+    assert batch["labels_BT"].tolist() == [[-100, 6, 7, -100, 9], [-100, 2, -100, -100, -100]]
+    assert batch["positions_BT"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
+    assert batch["segments_BT"].tolist() == [[1, 1, 1, 2, 2], [1, 1, 0, 0, 0]]
+    assert batch["choices_SK"].tolist() == [[-1, -1], [-1, -1], [9, 4], [-1, -1]]
+    assert [example["line"] for example in batch["examples"]] == [1, 2, 3]
+    assert (batch["num_tokens"], batch["num_supervised"]) == (7, 4)
+
+
+def test_media_stand_where_their_samples_do():
+    examples = examples_of()
+    batch = collate(packed(examples), pad_id=0)
+    media = batch["image"]
+    assert media["row_O"].tolist() == [0, 0, 0, 1]
+    assert media["item_O"].tolist() == [0, 0, 1, 2]
+    first, third = len(examples[0].tokens), len(examples[2].tokens)
+    assert media["position_O"].tolist() == [5, first + 2, first + 2 + NUM_PATCHES + 3, third + 3]
+    for row, position in zip(media["row_O"], media["position_O"], strict=True):
+        assert (batch["tokens_BT"][row, position : position + NUM_PATCHES] == MEDIA_TOKEN_IDS["image"]).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
+def test_loss_and_gradients_are_those_of_rows_of_their_own(family, make_model, model_folder):
+    model, examples = make_model(model_folder(family), tune=Tune(mode="full" if family == "gpt2" else "lora")), examples_of()
+    assert_same(model, collate(packed(examples), pad_id=0), collate(examples, pad_id=0))
+
+
+def test_a_neighbour_changes_nothing(make_model):
+    model, examples = make_model(), examples_of()
+    others = examples_of(seed=9)
+    changed = [examples[0], others[1], *examples[2:]]
+    with torch.no_grad():
+        one, other = (model(collate(packed(rows), pad_id=0)) for rows in (examples, changed))
+    size = len(examples[0].tokens)
+    assert torch.equal(one[0, :size], other[0, :size])
+    assert not torch.equal(one[0, size:], other[0, size:])
+    assert torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("attend_to", ["last", "all"])
+def test_cross_attention_looks_at_the_media_of_its_own_sample(make_model, attend_to):
+    model = make_model(fusion=GatedCrossAttentionFusion(every=1, attend_to=attend_to))
+    for name, parameter in model.named_parameters():
+        if "gate" in name and parameter.numel() == 1:
+            parameter.data.fill_(0.7)
+    examples = examples_of(placeholders=0)
+    for example in examples:
+        example.tokens = [token for token in example.tokens if token < VOCABULARY]
+    assert_same(model, collate(packed(examples), pad_id=0), collate(examples, pad_id=0))
+
+
+def answers(number: int, generator: torch.Generator) -> AnswerExample:
+    """A prompt with two answers, which share it."""
+    prompt, good, bad = (torch.randint(3, VOCABULARY, (size,), generator=generator).tolist() for size in (12, 4, 6))
+    sides = [
+        Example(Origin("f", number), str(number), prompt + answer, [IGNORE_INDEX] * len(prompt) + answer)
+        for answer in (good, bad)
+    ]
+    return AnswerExample(**vars(sides[0]), role="chosen", others=[("rejected", sides[1])])
+
+
+def logps_by_answer(model, batch) -> Tensor:
+    hidden_SD, labels_S = supervised(model(batch), batch["labels_BT"])
+    logps_S = model.language_model.head(hidden_SD).log_softmax(-1).gather(1, labels_S[:, None])[:, 0]
+    answer_S = answers_of_positions(batch)
+    return torch.zeros(len(batch["answers"]["roles"])).index_add(0, answer_S, logps_S)
+
+
+def test_pairs_are_packed_like_others(make_model):
+    model, generator = make_model(images=False), torch.Generator().manual_seed(2)
+    pairs = [answers(number, generator) for number in range(1, 4)]
+    together = collate([replace(pair, slot=slot) for pair, slot in zip(pairs, [0, 0, 1], strict=True)], pad_id=0)
+    apart = collate(pairs, pad_id=0)
+    assert together["answers"]["row_A"].tolist() == [0, 0, 0, 0, 1, 1]
+    assert together["answers"]["branch_A"].tolist() == [1, 2, 3, 4, 1, 2]
+    assert together["answers"]["example_A"] == apart["answers"]["example_A"] == [0, 0, 1, 1, 2, 2]
+    torch.testing.assert_close(logps_by_answer(model, together), logps_by_answer(model, apart), rtol=1e-5, atol=1e-4)
+
+
+def test_a_model_that_cannot_keep_samples_apart_refuses_them(make_model):
+    model = make_model(images=False)
+    model.language_model.takes_branches = False
+    examples = examples_of([[6, 3], [5, 2]])
+    with pytest.raises(ValueError, match=r"cannot keep the samples of a packed row apart .*: set data\.batching\.kind to padded"):
+        model(collate(packed(examples, [0, 0]), pad_id=0))
