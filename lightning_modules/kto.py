@@ -72,6 +72,16 @@ class KTOLitModule(ReferencedLitModule):
         )
         return Comparison.of(loss, answer_F)
 
+    def complete(self, means: dict[str, float]) -> dict[str, float]:
+        """Adds `rewards/margins`, of the mean rewards, since an answer has no other that it belongs to."""
+        prefixes = [name.removesuffix("rewards/chosen") for name in means if name.endswith("rewards/chosen")]
+        margins = {
+            f"{prefix}rewards/margins": means[f"{prefix}rewards/chosen"] - means[f"{prefix}rewards/rejected"]
+            for prefix in prefixes
+            if f"{prefix}rewards/rejected" in means
+        }
+        return means | margins
+
     def _mean(self, total_and_count: Tensor) -> Tensor:
         """The mean, in training over all processes: their evaluations may have other numbers of batches."""
         if self._trainer is not None and self._trainer.training:

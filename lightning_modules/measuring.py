@@ -43,6 +43,10 @@ class MeasuringLitModule(L.LightningModule):
         """Logs what was measured."""
         self._log_means("test")
 
+    def complete(self, means: dict[str, float]) -> dict[str, float]:
+        """The means of an evaluation or of a step, and what follows from them; a subclass may add to them."""
+        return means
+
     def _log_means(self, stage: Stage) -> None:
-        for metric, mean in self._means.compute(self.trainer).items():
+        for metric, mean in self.complete(self._means.compute(self.trainer)).items():
             self.log(f"{stage}/{metric}", mean, prog_bar=(stage, metric) == ("val", "loss"), sync_dist=True)

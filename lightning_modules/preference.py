@@ -132,7 +132,7 @@ class PreferenceLitModule(MultiModalLitModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the step's pairs, on all processes, and logs the means of its metrics."""
         super().on_before_optimizer_step(optimizer)
-        for name, mean in self._step_means.compute(self.trainer).items():
+        for name, mean in self.complete(self._step_means.compute(self.trainer)).items():
             self.log(f"train/{name}", mean, prog_bar=name == "rewards/accuracies")
         self._step_means.reset()
 
