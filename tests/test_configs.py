@@ -159,6 +159,19 @@ def test_the_sweep_is_one_that_wandb_takes_and_its_command_line_parses() -> None
     assert sweep["metric"]["name"] == "val/loss"
 
 
+def test_the_sweep_over_beta_reads_one_reference() -> None:
+    from sweeps.config.cfg import schema_violations_from_proposed_config
+
+    sweep = yaml.safe_load((ROOT / "configs/sweeps/dpo_beta.yaml").read_text(encoding="utf-8"))
+    assert schema_violations_from_proposed_config(sweep) == []
+    words = sweep["command"][4:-1]
+    found = [resolved(*words, f"--model.init_args.beta={beta}") for beta in sweep["parameters"]["model.init_args.beta"]["values"]]
+    assert len({config["model"]["init_args"]["beta"] for config in found}) == 4
+    for config in found:
+        assert config["model"]["init_args"]["reference"]["class_path"].endswith(".PrecomputedReference")
+        assert config["model"]["init_args"]["reference"]["init_args"]["folder"] == ".cache/reference/image"
+
+
 def test_a_sweep_run_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WANDB_SWEEP_ID", "s1")

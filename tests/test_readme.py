@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line.strip()]
 SHELL = ("git clone", "source .venv")
-NEEDS_THE_HUB = "configs/sft/image"
+NEEDS_THE_HUB = tuple(f"configs/sft/{recipe}" for recipe in ("image", "video", "audio"))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_the_python_commands_run_one_after_the_other(clone: Path) -> None:
     commands = [command for command in COMMANDS if not command.startswith((*SHELL, "make "))]
     assert any("fit --config configs/sft/tiny.yaml" in command for command in commands)
     for command in commands:
-        if NEEDS_THE_HUB in command:
+        if any(recipe in command for recipe in NEEDS_THE_HUB):
             command += " --print_config"
         output = run(command, clone)
         if "deployment.ask" in command:
