@@ -66,6 +66,15 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, monitored)
             self._last_global_step_saved = step  # or the validation that comes would find the step saved already
 
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        # a run that was resumed from before its last checkpoint would call the next one last-v1
+        self.last_model_path = self.last_model_path or self._last()
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+
+    def _last(self) -> str:
+        assert self.dirpath is not None
+        return str(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves what was trained since the last checkpoint, unless it was stopped in the middle of an update."""
         if trainer.state.fn != TrainerFn.FITTING or not self._should_save_on_exception(trainer):
@@ -75,9 +84,7 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.world_size > 1 or in_update:
             rank_zero_info(f"stopped without a checkpoint; the last one is {self.last_model_path or 'none'}")
             return
-        assert self.dirpath is not None
-        # before saving, because it is part of what is saved
-        self.last_model_path = self.last_model_path or str(Path(self.dirpath) / "last.ckpt")
+        self.last_model_path = self.last_model_path or self._last()  # before saving, because it is part of what is saved
         try:
             trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
         except ValueError as error:  # a full disk must not hide what stopped the run

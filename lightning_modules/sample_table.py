@@ -27,7 +27,7 @@ class Row:
         question: The last user message.
         reference: The answer of the data.
         closed: Whether the answer is one of given choices.
-        pictures: Its pictures, small, as data URIs.
+        pictures: Small pictures of its media, as data URIs.
     """
 
     id: str
@@ -185,7 +185,7 @@ em { color: var(--quiet); }
 what exact_match counts; red ones differ; where a longer reference was not met word for word, the answer is left unmarked. The
 small figure is the loss of the reference answer.</p>
 <div class="table"><table>
-<thead><tr><th>picture</th><th>question</th><th>reference</th>$head</tr></thead>
+<thead><tr><th>media</th><th>question</th><th>reference</th>$head</tr></thead>
 <tbody>
 $body
 </tbody>

@@ -12,21 +12,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 
-from datamodules.batch import Batch, Example, RowError
+from datamodules.batch import MODALITIES, Batch, Example, RowError
 from lightning_modules.answers import is_right
 from lightning_modules.run_folder import run_folder, write_text
 from lightning_modules.sample_table import Column, Row, SampleTable
+from lightning_modules.thumbnails import side_by_side, thumbnail
 
 if TYPE_CHECKING:
     from datamodules.loading import RowDataModule
     from lightning_modules.multimodal import MultiModalLitModule
 
-THUMBNAIL_PIXELS = 176
-"""Longest side of a picture in the table: twice what the page shows, for fine screens."""
-
 
 class _Chosen(NamedTuple):
-    """A row of the table: with its answer, as a prompt, and its pictures, small."""
+    """A row of the table: with its answer, as a prompt, and small pictures of its media."""
 
     answered: Example
     prompt: Example
@@ -89,8 +87,8 @@ def _choose(module: "MultiModalLitModule", datamodule: "RowDataModule", num_samp
             answered, prompt = module.processor(sample, media), module.processor(sample, media, generate=True)
         except RowError:
             continue
-        images = [decoded for _, decoded in media.get("image", []) if isinstance(decoded, Image.Image)]
-        chosen.append(_Chosen(answered, prompt, [_thumbnail(image) for image in images]))
+        decoded = [medium for modality in MODALITIES for _, medium in media.get(modality, [])]
+        chosen.append(_Chosen(answered, prompt, [thumbnail(medium) for medium in decoded]))
     return chosen
 
 
@@ -116,7 +114,7 @@ def _ask(trainer: Trainer, module: "MultiModalLitModule", datamodule: "RowDataMo
 def _log_table(logger: WandbLogger, chosen: Sequence[_Chosen], column: Column, step: int) -> None:
     data: list[list[Any]] = []
     for row, answer, loss in zip(chosen, column.answers, column.losses, strict=True):
-        picture = _wandb_image(_side_by_side(row.pictures)) if row.pictures else None
+        picture = _wandb_image(side_by_side(row.pictures)) if row.pictures else None
         prompt = row.prompt
         right = is_right(answer, prompt.reference)
         data.append([column.name, prompt.id, picture, prompt.prompt, prompt.reference, answer, right, loss])
@@ -154,21 +152,6 @@ def _write_page(folder: Path, chosen: Sequence[_Chosen], column: Column) -> None
     table.add(column)
     write_text(kept, table.to_json())
     write_text(folder / "samples.html", table.to_html(f"Samples of {folder.name}"))
-
-
-def _thumbnail(image: Image.Image) -> Image.Image:
-    small = image.convert("RGB")
-    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    return small
-
-
-def _side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
-    sheet = Image.new("RGB", (sum(picture.width for picture in pictures), max(picture.height for picture in pictures)), "white")
-    left = 0
-    for picture in pictures:
-        sheet.paste(picture, (left, 0))
-        left += picture.width
-    return sheet
 
 
 def _data_uri(picture: Image.Image) -> str:

@@ -202,6 +202,18 @@ class TestResume:
         assert resumed.trained == whole.trained[-len(resumed.trained) :]
         assert all(torch.equal(ends[name], tensor) for name, tensor in expected.items())
 
+    def test_from_an_earlier_checkpoint_it_has_a_new_last_one(self, make: Make, rows: Path, tmp_path: Path) -> None:
+        def run(max_steps: int, resume: Path | None = None) -> Path:
+            module, folder = make(), tmp_path / "run"
+            trainer = make_trainer(folder, RunCheckpoint(every_n_train_steps=1, save_top_k=-1), max_steps=max_steps)
+            trainer.fit(module, make_data(module, rows), ckpt_path=resume, weights_only=True)
+            return folder / "checkpoints"
+
+        folder = run(4)
+        run(2, folder / "epoch=0-step=1.ckpt")
+        assert [path.name for path in folder.glob("last*")] == ["last.ckpt"]
+        assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 2
+
 
 class TestStopping:
     def test_before_the_first_step_nothing_is_saved(self, make: Make, rows: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from lightning_modules import samples
 from lightning_modules.sample_table import Column, Row, SampleTable
 from lightning_modules.samples import SamplePage
+from lightning_modules.thumbnails import THUMBNAIL_PIXELS
 
 
 def data() -> FakeData:
@@ -112,7 +113,7 @@ def test_wandb_gets_a_table_instead_of_the_page(tmp_path: Path, monkeypatch: pyt
     assert [(row["id"], row["answer"], row["loss"]) for row in rows] == [
         (i, f"answer {i}", n / 2) for n, i in enumerate("0234", 1)
     ]
-    assert rows[1]["picture"] is None and rows[0]["picture"].size == (samples.THUMBNAIL_PIXELS, samples.THUMBNAIL_PIXELS * 3 // 4)
+    assert rows[1]["picture"] is None and rows[0]["picture"].size == (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS * 3 // 4)
     assert not (tmp_path / "samples.html").exists()
 
 
@@ -182,9 +183,3 @@ def test_json_keeps_the_table() -> None:
     before = SampleTable(rows, [Column("validate", None, None, ("a", "b"), (0.5, 1.0))])
     assert SampleTable.from_json(before.to_json()) == before
     assert json.loads(before.to_json())["rows"][0]["question"] == "é?"
-
-
-def test_pictures_side_by_side() -> None:
-    sheet = samples._side_by_side([Image.new("RGB", (2, 3), "red"), Image.new("RGB", (4, 1), "blue")])
-    assert sheet.size == (6, 3)
-    assert [sheet.getpixel(at) for at in ((1, 2), (5, 0), (5, 2))] == [(255, 0, 0), (0, 0, 255), (255, 255, 255)]
