@@ -28,6 +28,7 @@ import models.cross_attention
 import models.language
 import models.pretrained  # noqa: F401
 from datamodules.loading import RowDataModule
+from inspection.doctor import doctor
 from lightning_modules.callbacks import FirstStepCheck, PartTable, PredictionWriter, RunSummary, Throughput
 from lightning_modules.cli import OmniLitCLI, quiet_lightning, show_user_errors
 from lightning_modules.multimodal import MultiModalLitModule
@@ -50,6 +51,7 @@ def main(args: list[str] | None = None) -> OmniLitCLI:
         seed_everything_default=42,
         save_config_callback=RunFolder,
         trainer_defaults={"callbacks": callbacks, "use_distributed_sampler": False, "enable_model_summary": False},
+        commands={"doctor": doctor},
         args=args,
     )
 

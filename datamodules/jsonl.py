@@ -64,15 +64,27 @@ class JsonlFile:
             IndexError: There is no such row.
             RowError: The row is not one well-formed JSON object.
         """
-        i = self._check(i)
-        start, end = (int(offset) for offset in self._index.starts_S[i : i + 2])
-        line, line_end, _ = self._data[start:end].partition(b"\n")
+        line, line_end = self._line(i)
         try:
             return _decode(line.rstrip())
         except ValueError as error:
             is_cut = i == len(self) - 1 and not line_end and line.count(b"{") > line.count(b"}")
             hint = ". The file ends in the middle of this line: it seems cut, copy or write it again" if is_cut else ""
             raise RowError(self.origin(i), f"{error}{hint}") from error
+
+    def line(self, i: int) -> bytes:
+        """The bytes of row i as they stand in the file, without the line feed that ends them.
+
+        Raises:
+            IndexError: There is no such row.
+        """
+        return self._line(i)[0]
+
+    def _line(self, i: int) -> tuple[bytes, bytes]:
+        i = self._check(i)
+        start, end = (int(offset) for offset in self._index.starts_S[i : i + 2])
+        line, line_end, _ = self._data[start:end].partition(b"\n")
+        return line, line_end
 
     def origin(self, i: int) -> Origin:
         """File and line of row i; the line is counted from 1 and counts blank lines too.

@@ -143,12 +143,12 @@ class RowDataModule(L.LightningDataModule):
         """
         if stage == "fit":
             self.train_loader = None
-            train_rows, val_rows = self._held_out()
+            train_rows, val_rows = self.held_out_rows()
             self.train_dataset = self._open("train", train_rows)
             if self.has_val():
                 self.val_dataset = self._open("val", val_rows)
         elif stage == "validate":
-            self.val_dataset = self._open("val", self._held_out()[1])
+            self.val_dataset = self._open("val", self.held_out_rows()[1])
         elif stage == "test":
             self.test_dataset = self._open("test")
         elif stage == "predict":
@@ -247,7 +247,7 @@ class RowDataModule(L.LightningDataModule):
                 source[0]
         return dataset
 
-    def _held_out(self) -> tuple[Rows, Rows]:
+    def held_out_rows(self) -> tuple[Rows, Rows]:
         """Rows of training and validation of those sources where they share a file."""
         shares = {name: source.val_fraction for name, source in self.sources.items() if source.holds_out and source.train_path}
         if not shares:

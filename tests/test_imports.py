@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {"encoders", "models", "datamodules", "lightning_modules", "deployment", "demo", "train", "tests"}
+ROOMS = {"encoders", "models", "datamodules", "lightning_modules", "inspection", "deployment", "demo", "train", "tests"}
 MAY_IMPORT = {
     "encoders": {"encoders"},
     "models": {"models", "encoders", "datamodules.batch"},
     "datamodules": {"datamodules"},
     "lightning_modules": {"lightning_modules", "models", "encoders", "datamodules"},
+    "inspection": {"inspection", "datamodules", "lightning_modules.commands"},
     "deployment": {"deployment", "models", "datamodules"},
     "demo": {"demo", "train"},
 }

@@ -1,0 +1,1 @@
+"""Looking at data: what is in them, and what is wrong with them."""
