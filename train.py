@@ -29,6 +29,7 @@ import models.language
 import models.pretrained  # noqa: F401
 from datamodules.loading import RowDataModule
 from inspection.doctor import doctor
+from inspection.inspect_rows import inspect
 from lightning_modules.callbacks import FirstStepCheck, PartTable, PredictionWriter, RunSummary, Throughput
 from lightning_modules.cli import OmniLitCLI, quiet_lightning, show_user_errors
 from lightning_modules.multimodal import MultiModalLitModule
@@ -51,7 +52,7 @@ def main(args: list[str] | None = None) -> OmniLitCLI:
         seed_everything_default=42,
         save_config_callback=RunFolder,
         trainer_defaults={"callbacks": callbacks, "use_distributed_sampler": False, "enable_model_summary": False},
-        commands={"doctor": doctor},
+        commands={"inspect": inspect, "doctor": doctor},
         args=args,
     )
 

@@ -1,0 +1,88 @@
+"""`inspect` on the rows of the repository, and on rows that are broken."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from train import main
+
+TINY, ALL, DPO = "configs/sft/tiny.yaml", "configs/sft/tiny_all.yaml", "configs/objective/dpo.yaml"
+
+
+def test_rows_of_all_sources_in_turn(capsys):
+    main(["inspect", "--config", ALL, "--num", "3"])
+    shown = capsys.readouterr().out
+    for source, medium, choice in (
+        ("shapes", "<image ×4>", "red"),
+        ("clips", "<video ×16>", "left"),
+        ("tones", "<audio ×7>", "falls"),
+    ):
+        (row,) = re.findall(rf"\[{source}\].*?(?=\n\n)", shown, re.S)
+        assert medium in row and re.search(rf"choices: .*{choice}", row)
+    assert "4 frames of 32 x 32 at 0.12, 0.38, 0.62, 0.88 s; its encoder gets 4 x 3 x 32 x 32" in shown
+    assert "0.25 s at 16,000 Hz; its encoder gets 26 x 80" in shown
+
+
+def test_both_sides_of_a_pair(capsys):
+    main(["inspect", "--config", TINY, "--config", DPO, "--id", "1"])
+    shown = capsys.readouterr().out
+    chosen, rejected = (re.search(rf"\[{role}\] (.*)", shown) for role in ("chosen", "rejected"))
+    assert chosen and rejected
+    row = json.loads(Path("demo/tiny/train.jsonl").read_text().splitlines()[0])
+    assert row["messages"][-1]["content"] in shown[chosen.start() : rejected.start()]
+    assert row["rejected_response"] in shown[rejected.start() :]
+
+
+def test_a_page_that_needs_nothing_beside_itself(tmp_path):
+    page = tmp_path / "rows.html"
+    main(["inspect", "--config", ALL, "--num", "3", "--split", "val", "--html", str(page)])
+    html = page.read_text(encoding="utf-8")
+    assert html.count("<article>") == 3
+    assert html.count("data:image/") == 2 + 4 + 1  # a picture twice, four frames, a spectrogram
+    assert '<svg class="sound"' in html and "0.38 s" in html
+    assert '<span class="special supervised" title="1 tokens">&lt;|im_end|&gt;</span>' in html
+    assert not re.search(r'(?:src|href)="(?!data:)', html) and "<script" not in html
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Three good rows of growing length, a row without its picture, and one that is no JSON."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    lines = [
+        {"id": f"row{number}", "query": f"<image>{'Which colour? ' * number}", "response": "red", "images": ["a.png"]}
+        for number in (1, 3, 2)
+    ]
+    lines.append({"id": "lost", "query": "<image>?", "response": "red", "images": ["lost.png"]})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{\n", encoding="utf-8")
+    return path
+
+
+def shown_of(rows: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    main(["inspect", "--config", TINY, "--data.train_path", str(rows), "--data.val_path", str(rows), *options])
+    return capsys.readouterr().out
+
+
+def test_the_longest_rows(rows, capsys):
+    shown = shown_of(rows, capsys, "--longest", "2")
+    assert re.findall(r"id (\w+) ", shown) == ["row3", "row2"]
+
+
+def test_rows_that_cannot_be_used(rows, capsys):
+    shown = shown_of(rows, capsys, "--bad", "true")
+    assert re.findall(r"rows\.jsonl:(\d+)  cannot be used: ", shown) == ["4", "5"]
+    assert "lost.png does not exist" in shown and "not JSON" in shown
+    assert "cannot be used" in shown_of(rows, capsys, "--id", "[lost, row1]")
+
+
+def test_an_id_that_is_not_there(rows, capsys):
+    with pytest.raises(ValueError, match=r"no row has the id 'nothing': ids are those of the rows' `id`"):
+        shown_of(rows, capsys, "--id", "nothing")
+
+
+def test_no_row_is_bad(capsys):
+    main(["inspect", "--config", TINY, "--bad", "true", "--split", "val"])
+    assert "no row of 8 is bad" in capsys.readouterr().out
