@@ -24,7 +24,7 @@ class ScoredAnswers:
         reference: Those under the reference, without gradients; None: there is none.
         tokens: What else the policy makes of each token; None: an answer has one value, its reward.
         roles: What each answer is.
-        row_A: The row that each answer is in.
+        row_A: The entry of `examples` of the batch that each answer belongs to.
         pairs_P2: The chosen and the rejected answer of each pair.
         margin_P: By how much the chosen one is better.
         weight_P: Weight of each pair.
@@ -57,7 +57,7 @@ class ScoredAnswers:
             reference=reference,
             tokens=tokens,
             roles=answers["roles"],
-            row_A=answers["row_A"],
+            row_A=torch.tensor(answers["example_A"], device=answers["row_A"].device),
             pairs_P2=answers["pairs_P2"],
             margin_P=answers["margin_P"],
             weight_P=answers["weight_P"],

@@ -9,7 +9,7 @@ Shape suffixes: B rows, T tokens, N pictures.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,20 +77,31 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def peft_llava(folder: Path) -> nn.Module:
-    """The model as transformers and PEFT have it."""
-    from peft import LoraConfig, get_peft_model
+def lora_config(modules_to_save: list[str] | None = None) -> Any:
+    """The adapters, for PEFT."""
+    from peft import LoraConfig
+
+    targets = rf".*language_model.*\.({'|'.join(TARGETS)})"
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, modules_to_save=modules_to_save)  # type: ignore[arg-type]
+
+
+def llava(folder: Path) -> Any:
+    """The model as transformers has it."""
     from transformers import LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype=torch.float32)
-    targets = rf".*language_model.*\.({'|'.join(TARGETS)})"
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, modules_to_save=["multi_modal_projector"])  # type: ignore[arg-type]
-    peft_model = get_peft_model(model, config)
+    return LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype=torch.float32)
+
+
+def peft_llava(folder: Path) -> nn.Module:
+    """The model with adapters, and a projector that trains."""
+    from peft import get_peft_model
+
+    peft_model = get_peft_model(llava(folder), lora_config(["multi_modal_projector"]))
     draw_adapters(peft_model)
     return peft_model
 
 
-def omnilit_parts(folder: Path) -> dict[str, Any]:
+def omnilit_parts(folder: Path, projector: Literal["full", "frozen"] = "full") -> dict[str, Any]:
     """The arguments of a LitModule for the same model."""
     from encoders.image import HFVisionEncoder
     from encoders.projectors import MLPProjector
@@ -101,7 +112,7 @@ def omnilit_parts(folder: Path) -> dict[str, Any]:
     return {
         "language_model": LanguageModel(name_or_path=str(folder / "language"), tune=lora),
         "image_encoder": HFVisionEncoder(name_or_path=str(folder / "vision"), layer=-2),
-        "image_projector": MLPProjector(tune=Tune(mode="full")),
+        "image_projector": MLPProjector(tune=Tune(mode=projector)),
     }
 
 

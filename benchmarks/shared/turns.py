@@ -33,11 +33,11 @@ class Turn:
         self._gemm = gemm_gflops()
         self._started = time.process_time()
 
-    def end(self, loss: float) -> None:
-        """Tells what the step cost."""
+    def end(self, loss: float, **more: float) -> None:
+        """Tells what the step cost, and what else there is to tell."""
         seconds = time.process_time() - self._started
         mebibytes = (_status_kibibytes("VmHWM") - self._idle_kibibytes) / 1024
-        self._say({"seconds": seconds, "loss": loss, "extra_mib": mebibytes, "gemm_gflops": self._gemm})
+        self._say({"seconds": seconds, "loss": loss, "extra_mib": mebibytes, "gemm_gflops": self._gemm, **more})
 
     def _say(self, message: Mapping[str, Any]) -> None:
         self._talk.write(json.dumps(message) + "\n")
