@@ -62,7 +62,8 @@ class VideoLimits:
             decord, which decodes from the start where groups of pictures are open, is slow.
         max_memory_bytes: How much memory reading one may take: at least twice what its frames do, 3 bytes a pixel.
         reader: `decord`, or `pyav`, which also reads AV1, GIF and MPEG transport streams, and is quicker where groups of
-            pictures are open or files are long. The colours of the two may differ by a few steps of 255.
+            pictures are open or files are long. The colours of the two may differ by a few steps of 255. decord decodes ahead,
+            so that it is chance whether it refuses a file that is damaged behind the last frame wanted; pyav never does.
     """
 
     max_pixels: int = 10_000_000

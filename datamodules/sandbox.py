@@ -31,6 +31,15 @@ _GRACE_SECONDS = 5.0
 """The process ends itself when its time is up; if it cannot (it waits for a disk), it is ended so much later."""
 
 
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
+}
+"""One thread; and glibc keeps the memory of a picture for the next one, which halves the time of large ones."""
+
+
 @dataclass(frozen=True)
 class Isolated:
     """Calls functions in the sandbox of this process; the same result comes back, bit for bit.
@@ -164,7 +173,7 @@ class Sandbox:
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 process_group=0,  # Ctrl-C is for who waits for it
-                env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": paths},
             )
         link = _Link(process, ours)
         if not self._ends_with_owner:

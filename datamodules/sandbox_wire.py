@@ -64,7 +64,8 @@ def send_result(link: socket.socket, result: Any) -> None:
     """Sends what a function gave: a picture, a tuple of numbers, or a dataclass whose fields are numbers, texts and arrays."""
     match result:
         case Image.Image():
-            values: Sequence[Any] = [np.asarray(result)]
+            pixels_HW3 = np.frombuffer(result.tobytes(), np.uint8).reshape(result.height, result.width, 3)
+            values: Sequence[Any] = [pixels_HW3]  # numpy's own way to them takes seven times as long
         case tuple():
             values = result
         case _:

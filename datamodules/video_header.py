@@ -1,5 +1,6 @@
 """What a video says of itself before a frame is decoded."""
 
+import io
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -48,6 +49,7 @@ def read_header(video: VideoFile) -> VideoHeader:
     """
     with as_file(video.found, video.name) as file:
         turns = quarter_turns(file, video.container)
+        num_bytes = file.seek(0, io.SEEK_END)
     if turns is None:
         raise MediaError(f"{video.name} asks to be shown mirrored, which is not done here: encode it again as it should look")
     with video.open() as (container, stream):
@@ -60,6 +62,8 @@ def read_header(video: VideoFile) -> VideoHeader:
             seconds = claim
         height, width = stream.codec_context.height, stream.codec_context.width
         codec, rate, num_frames = stream.codec_context.codec.canonical_name, stream.average_rate, stream.frames
+    if num_frames > num_bytes:  # a reader would make room for all of them
+        raise MediaError(f"{video.name} is damaged: it says that it has {num_frames:,} frames, and has {num_bytes:,} bytes")
     if not height or not width:
         raise MediaError(f"{video.name} does not say how large its frames are: it is damaged")
     if seconds is None:
