@@ -85,8 +85,9 @@ def _card(finding: Finding, thumbnails: Thumbnails) -> str:
     if finding.other is not None:
         pictures += thumbnails(finding.other)
     medium = f"<b>{escape(finding.medium)}</b>" if finding.medium else ""
+    shape = "card" if finding.other is None else "card pair"
     return (
-        f'<div class="card">{f"<div class=media>{pictures}</div>" if pictures else ""}<div>{medium}'
+        f'<div class="{shape}">{f"<div class=media>{pictures}</div>" if pictures else ""}<div>{medium}'
         f"<p>{escape(finding.reason)}</p><small>{escape(str(finding.origin))} · {escape(finding.split)}</small></div></div>"
     )
 
@@ -104,6 +105,8 @@ def _lengths(report: Report) -> str:
     plots = [f"<h3>a row</h3>{bars(lengths.composition, list(COLOURS.values()), bins.start, bins.width, marks)}"]
     for kind, summary in lengths.by_kind.items():
         own = summary.histogram
+        if len(own.counts) == 1:
+            continue  # the table says it
         plot = bars([[count] for count in own.counts], [COLOURS[kind]], own.start, own.width, _lines(summary))
         plots.append(f"<h3>{kind}, in {summary.num_rows:,} rows that have some</h3>{plot}")
     rows = {"a row": lengths.all, **lengths.by_kind}

@@ -31,7 +31,8 @@ pre { overflow: auto; margin: 0; padding: .8rem 1rem; border-radius: 6px; backgr
 .card { display: flex; gap: .8rem; padding: .6rem; border: 1px solid var(--line); border-radius: 6px; min-width: 0; }
 .card > div:last-child { min-width: 0; overflow-wrap: anywhere; font-size: .88rem; }
 .card b { font-weight: 600; }
-.media { display: flex; flex: none; flex-wrap: wrap; gap: .3rem; max-width: 262px; align-items: flex-start; }
+.pair { flex-direction: column; gap: .4rem; }
+.media { display: flex; flex: none; flex-wrap: wrap; gap: .3rem; max-width: 270px; align-items: flex-start; }
 .media img { display: block; max-width: 100%; min-width: 48px; border-radius: 3px; background: var(--head);
   border: 1px solid var(--line); }
 .strip { display: flex; gap: 2px; }

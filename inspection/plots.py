@@ -6,8 +6,10 @@ Shape suffixes: E bins, K kinds.
 from collections.abc import Sequence
 from html import escape
 
-WIDTH, HEIGHT = 640, 190
-LEFT, RIGHT, TOP, BOTTOM = 8, 8, 34, 24
+WIDTH, HEIGHT = 640, 200
+LEFT, RIGHT, BOTTOM = 8, 8, 24
+LINE = 12
+"""Height of a line of text; each mark has one of its own above the bars, so that no names overlap."""
 
 
 def bars(
@@ -32,7 +34,8 @@ def bars(
     low = min([edges[0], *(value for value, _ in marks)])
     high = max([edges[1], *(value for value, _ in marks)])
     tallest = max(sum(parts) for parts in parts_EK)
-    scale_x, scale_y = (WIDTH - LEFT - RIGHT) / (high - low), (HEIGHT - TOP - BOTTOM) / tallest
+    top = LINE * len(marks) + 6
+    scale_x, scale_y = (WIDTH - LEFT - RIGHT) / (high - low), (HEIGHT - top - BOTTOM) / tallest
     shapes = []
     for number, parts in enumerate(parts_EK):
         x, bottom = LEFT + (start + number * width - low) * scale_x, float(HEIGHT - BOTTOM)
@@ -49,7 +52,7 @@ def bars(
         x = LEFT + (value - low) * scale_x
         shapes.append(_text(x, HEIGHT - 8, text, _anchor(x)))
     for number, (value, text) in enumerate(marks):
-        x, y = LEFT + (value - low) * scale_x, 12 + 11 * (number % 2)
+        x, y = LEFT + (value - low) * scale_x, LINE * (number + 1) - 2
         shapes.append(f'<path d="M{x:.1f} {y + 4}V{HEIGHT - BOTTOM}" stroke="var(--text)" stroke-dasharray="3 3" opacity=".6"/>')
         shapes.append(_text(x, y, text, _anchor(x)))
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(shapes)}</svg>'

@@ -5,9 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from datamodules.conversation import Sample, Text
+from datamodules.rows import MEDIA_KEYS
 
 _REJECTED = ("rejected", "rejected_response")
 """Columns with another answer, in rows that compare two; an objective that takes one answer leaves them where they are."""
+
+_REJECTED_MEDIA = frozenset(f"rejected_{key}" for key in MEDIA_KEYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +41,11 @@ def read_text(samples: Sequence[Sample]) -> RowText:
     first, answer = samples[0], answer_of(samples[0])
     turns = [(message.role, plain(message.text)) for sample in samples for message in sample.messages]
     digest = digest_of(word for turn in turns for word in turn)
-    same = any(sample.messages == first.messages for sample in samples[1:]) or any(
-        plain(other) == plain(answer) for key in _REJECTED if isinstance(other := first.columns.get(key), str)
-    )
+    if len(samples) > 1:
+        same = any(sample.messages == first.messages for sample in samples[1:])
+    else:
+        others = [plain(text) for key in _REJECTED if isinstance(text := first.columns.get(key), str)]
+        same = plain(answer) in others and not first.columns.keys() & _REJECTED_MEDIA
     if answer not in first.choices:
         return RowText(digest, has_same_sides=same)
     return RowText(digest, answer, first.choices.index(answer), len(first.choices), same)

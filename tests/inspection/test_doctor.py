@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
+from inspection.scorers import PairScorer
 from tests.inspection.planted import plant, write_config
 from train import main
 
@@ -105,12 +107,12 @@ def test_what_it_recommends_is_a_configuration(planted: Path, report: dict[str, 
 def test_the_page_shows_every_finding_and_needs_nothing_beside_itself(planted: Path, report: dict[str, Any]) -> None:
     page = (planted / "page.html").read_text(encoding="utf-8")
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)|https?://|<script|@import|url\(""", page)
-    assert page.count('class="card"') == len(report["findings"])
+    assert len(re.findall(r'<div class="card(?: pair)?">', page)) == len(report["findings"])
     assert page.count("prefers-color-scheme: dark") == 1
     media = [f for f in report["findings"] if "medium" in f]
     assert page.count("<img src=") >= len(media)
     assert page.count('class="sound"') >= 3
-    assert page.count("<figure>") == 7  # a row, its four kinds of tokens, sharpness, level
+    assert page.count("<figure>") == 4  # a row, its text, sharpness, level; each kind of media has one length
 
 
 def test_kinds_and_thresholds_are_the_users(planted: Path, tmp_path: Path) -> None:
@@ -137,3 +139,40 @@ def test_it_does_not_write_over_what_it_reads(planted: Path) -> None:
         with pytest.raises(ValueError, match="one of the files that are read: give another name"):
             main(["doctor", "--config", str(write_config(planted)), "--clean", str(planted / out)])
     assert (planted / "val.jsonl").read_bytes() == before
+
+
+def test_each_source_of_a_mixture_has_files_of_its_own(tmp_path: Path) -> None:
+    main(["doctor", "--config", "configs/sft/tiny_all.yaml", "--clean", str(tmp_path / "out.jsonl"), "--reject=[unreadable]"])
+    sources = {"shapes": Path("demo/tiny"), "clips": Path("demo/tiny/clips"), "tones": Path("demo/tiny/tones")}
+    for name, folder in sources.items():
+        assert (tmp_path / f"out.{name}.jsonl").read_bytes() == (folder / "train.jsonl").read_bytes()
+        assert (tmp_path / f"out.{name}.val.jsonl").read_bytes() == (folder / "val.jsonl").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "out.rejected.jsonl",
+        *(f"out.{name}{split}.jsonl" for name in sources for split in ("", ".val")),
+    }
+
+
+def test_rows_that_are_held_out_are_rows_of_validation(planted: Path, tmp_path: Path) -> None:
+    report = run(planted, tmp_path / "report.json", val_path=None, val_fraction=0.2)
+    train, val = report["parts"]
+    assert (train["file"], train["rows"] + val["rows"]) == (val["file"], 31)
+    assert val["rows"] > 0
+    assert sum(finding["kind"] == "unreadable" for finding in report["findings"]) == 5
+
+
+def test_a_scorer_is_chosen_by_its_class(planted: Path, tmp_path: Path) -> None:
+    scorer = "--scorer=tests.inspection.test_doctor.Reader"
+    report = run(planted, tmp_path / "report.json", scorer, "--scorer.min_score=0.5")
+    found = [finding["line"] for finding in report["findings"] if finding["kind"] == "mismatch"]
+    assert found == [15, 16]
+    assert next(f["reason"] for f in report["findings"] if f["kind"] == "mismatch").startswith("the scorer gives 0.250, below")
+
+
+class Reader(PairScorer):
+    """Pictures do not fit a text that says `seen`."""
+
+    def score(self, media: Any, text: str) -> float | None:
+        if not isinstance(media, Image.Image):
+            return None
+        return 0.25 if "seen" in text else 0.75
