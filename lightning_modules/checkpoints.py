@@ -67,6 +67,8 @@ class RunCheckpoint(ModelCheckpoint):
             self._last_global_step_saved = step  # or the validation that comes would find the step saved already
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a look whether it runs must not write over a run's checkpoint
+            return
         # a run that was resumed from before its last checkpoint would call the next one last-v1
         self.last_model_path = self.last_model_path or self._last()
         super()._save_last_checkpoint(trainer, monitor_candidates)

@@ -18,6 +18,7 @@ def with_answers(batch: Batch, roles: Sequence[AnswerRole] | None = None) -> Bat
     media_pairs_M2 = torch.tensor(list(zip(chosen, corrupted, strict=False)), dtype=torch.long).view(-1, 2)
     answers = Answers(
         row_A=torch.arange(num_rows),
+        example_A=[*range(num_rows)],
         branch_A=torch.ones(num_rows, dtype=torch.long),
         roles=given,
         keys=[f"{hash(tuple(row)):x}" for row in batch["tokens_BT"].tolist()],

@@ -318,3 +318,14 @@ def test_looking_at_a_run_does_not_change_it(make: Make, rows: Path, tmp_path: P
     watched = run("watched", SamplePage(), val_check_interval=2)
     assert "step 4" in (tmp_path / "watched/samples.html").read_text()
     assert all(torch.equal(watched[name], tensor) for name, tensor in alone.items())
+
+
+def test_a_look_whether_it_runs_writes_no_checkpoint(make: Make, rows: Path, tmp_path: Path) -> None:
+    """It must not take the place of the last one of a run in the same folder."""
+    module = make()
+    kept = tmp_path / "checkpoints" / "last.ckpt"
+    kept.parent.mkdir()
+    kept.write_text("of a run")
+    data = make_data(module, rows, val_path=str(rows))
+    make_trainer(tmp_path, RunCheckpoint(monitor="val/loss"), fast_dev_run=2).fit(module, data)
+    assert [*kept.parent.iterdir()] == [kept] and kept.read_text() == "of a run"

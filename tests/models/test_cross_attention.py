@@ -270,7 +270,8 @@ def test_generation(make_model: Make, model_folder: Make, make_batch: Make, fami
         own_O = prompts["image"]["row_O"] == row
         length = int(prompts["segments_BT"][row].sum())
         padding = prompts["tokens_BT"].shape[1] - length
-        alone: Any = {"tokens_BT": prompts["tokens_BT"][row : row + 1, padding:]}
+        tokens_BT, own = prompts["tokens_BT"][row : row + 1, padding:], prompts["examples"][row : row + 1]
+        alone: Any = {"tokens_BT": tokens_BT, "examples": own}
         if own_O.any():
             image = prompts["image"]
             alone["image"] = image | {

@@ -106,7 +106,8 @@ def test_it_answers_when_asked_as_in_prediction(runs: Runs) -> None:
     answers = {row["id"]: row["response"] for row in map(json.loads, path.read_text().splitlines())}
     model, processor = load(runs.folder / "whole")
     picture = runs.folder / "rows-3-0.png"
-    assert ask(model, processor, "Row 3: <image> what?", [picture], options=Generation(max_new_tokens=6)) == answers["3"]
+    answer = ask(model, processor, "Row 3: <image> what?", {"image": [picture]}, options=Generation(max_new_tokens=6))
+    assert answer == answers["3"]
 
 
 def test_another_run_starts_from_it_with_more_to_train(runs: Runs) -> None:
