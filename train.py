@@ -11,6 +11,8 @@ import datamodules.audio
 import datamodules.image
 import datamodules.mixture
 import datamodules.preference
+import datamodules.relevance
+import datamodules.toxicity
 import datamodules.video  # noqa: F401
 import encoders.audio
 import encoders.image
@@ -23,6 +25,7 @@ import lightning_modules.mdpo
 import lightning_modules.orpo
 import lightning_modules.precomputed
 import lightning_modules.reward_model
+import lightning_modules.rewards
 import lightning_modules.simpo  # noqa: F401
 import models.cross_attention
 import models.language

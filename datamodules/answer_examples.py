@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from datamodules.answer_form import AnswerForm
-from datamodules.answer_rows import AnswerExample
+from datamodules.answer_rows import AnswerExample, Judged
 from datamodules.answers import Candidates
 from datamodules.batch import MODALITIES, AnswerRole, Example, Modality, RowError
 from datamodules.content import Media
@@ -53,6 +53,8 @@ def answer_example(
         role=role,
         others=answers[1:],
         margin=candidates.margin,
+        judged=[Judged(answer.scores, answer.weight, answer.margin) for answer in candidates.answers],
+        change=candidates.change,
         form=form,
         max_length=processor.prompt.max_length,
     )

@@ -18,6 +18,7 @@ class AnswerForm:
         mismatched: Add to each row the answers of another row of the batch (KTO's estimate of the divergence, Ethayarajh et
             al. 2024, arXiv 2402.01306, section 4.1).
         scores_answers: Prediction is about the answers that rows have (a reward model), not about prompts.
+        takes_margin: The loss reads the margin of a pair.
         shared_prompt: Answers share the tokens of their prompt where they can; False: each answer is a row of its own.
     """
 
@@ -26,4 +27,5 @@ class AnswerForm:
     corruption: MediaCorruption = field(default_factory=MediaCorruption)
     mismatched: bool = False
     scores_answers: bool = False
+    takes_margin: bool = False
     shared_prompt: bool = True

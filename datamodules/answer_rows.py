@@ -5,15 +5,24 @@ Shape suffixes: A answers, P pairs, M pairs of media, B rows.
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
 
 from datamodules.answer_form import AnswerForm
-from datamodules.batch import AnswerRole, Answers, Example
+from datamodules.batch import AnswerRole, Answers, Example, RowChange
 from datamodules.branches import answer_start, in_order, join
+
+
+class Judged(NamedTuple):
+    """What reward criteria say of an answer; see `Candidate`."""
+
+    scores: Mapping[str, float | None] = {}
+    weight: float = 1.0
+    margin: float | None = None
 
 
 @dataclass
@@ -24,6 +33,8 @@ class AnswerExample(Example):
         role: What the first answer is.
         others: The other answers, each with its role, behind its own prompt and media.
         margin: By how much the chosen one is better, in units of reward.
+        judged: What reward criteria say of the answers, in order; where it ends they say nothing.
+        change: What they changed in the row; empty: nothing.
         form: What the objective wants.
         max_length: Most tokens of a prompt with an answer.
     """
@@ -31,6 +42,8 @@ class AnswerExample(Example):
     role: AnswerRole = "chosen"
     others: list[tuple[AnswerRole, Example]] = field(default_factory=list)
     margin: float = 0.0
+    judged: list[Judged] = field(default_factory=list)
+    change: str = ""
     form: AnswerForm = field(default_factory=AnswerForm)
     max_length: int = 2048
 
@@ -50,6 +63,7 @@ class _Placed(NamedTuple):
     role: AnswerRole
     key: str
     margin: float
+    judged: Judged
 
 
 def answer_rows(examples: Sequence[Example]) -> tuple[list[Example], Answers | None]:
@@ -66,19 +80,29 @@ def answer_rows(examples: Sequence[Example]) -> tuple[list[Example], Answers | N
     continues: list[bool] = []
     placed: list[_Placed] = []
     for number, (example, mismatched) in enumerate(zip(compared, map(_Mismatched(compared), compared), strict=True)):
-        answers = [*example.answers, *mismatched]
+        sides = [*example.answers, *mismatched]
+        judged = [*example.judged, *[Judged()] * (len(sides) - len(example.judged))]
+        answers = [(*side, judgement) for side, judgement in zip(sides, judged, strict=True)]
         # those behind corrupted media share nothing with the others
         groups = [[answer for answer in answers if answer[0] != "corrupted"]]
         groups += [[answer] for answer in answers if answer[0] == "corrupted"]
         num_before = len(rows)
         for group in groups:
-            own_rows = join([side for _, side in group], example.form.shared_prompt)
-            for place, (role, side) in enumerate(group):
+            own_rows = join([side for _, side, _ in group], example.form.shared_prompt)
+            for place, (role, side, judgement) in enumerate(group):
                 row, branch = (place, 1) if len(own_rows) > 1 else (0, place + 1)
-                placed.append(_Placed(number, len(rows) + row, branch, role, answer_key(side), example.margin))
+                key, margin = answer_key(side), example.margin if judgement.margin is None else judgement.margin
+                placed.append(_Placed(number, len(rows) + row, branch, role, key, margin, judgement))
             rows += own_rows
         continues += [place > 0 for place in range(len(rows) - num_before)]
-    return rows, _stack(placed, continues)
+    stacked = _stack(placed, continues)
+    if names := dict.fromkeys(name for answer in placed for name in answer.judged.scores):
+        scores = {name: [answer.judged.scores.get(name) for answer in placed] for name in names}
+        stacked["scores_A"] = {
+            name: torch.tensor([math.nan if score is None else score for score in own]) for name, own in scores.items()
+        }
+        stacked["changes"] = [RowChange(example.origin, example.change) for example in compared if example.change]
+    return rows, stacked
 
 
 def answer_key(example: Example) -> str:
@@ -105,7 +129,7 @@ def _stack(placed: Sequence[_Placed], continues: list[bool]) -> Answers:
         keys=[answer.key for answer in placed],
         pairs_P2=torch.tensor(pairs, dtype=torch.long).view(-1, 2),
         margin_P=torch.tensor([placed[rejected].margin for _, rejected in pairs], dtype=torch.float32),
-        weight_P=torch.ones(len(pairs)),
+        weight_P=torch.tensor([placed[rejected].judged.weight for _, rejected in pairs], dtype=torch.float32),
         media_pairs_M2=torch.tensor(media_pairs, dtype=torch.long).view(-1, 2),
         continues_B=continues,
         example_A=[answer.row for answer in placed],

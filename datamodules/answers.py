@@ -1,6 +1,7 @@
 """The answers of a row that an objective compares: each as a conversation of its own, whatever form the row has."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from datamodules.batch import MODALITIES, AnswerRole, Origin, RowError
@@ -23,11 +24,17 @@ class Candidate:
         role: What it is to the objective.
         sample: The conversation; supervised is what the objective compares.
         name: What errors call it.
+        scores: What reward criteria say of it, by their names; None: nothing.
+        weight: Of a rejected answer, the weight of its pair.
+        margin: Of a rejected answer, by how much the chosen one is better; None: as the row says.
     """
 
     role: AnswerRole
     sample: Sample
     name: str
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    weight: float = 1.0
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -37,10 +44,12 @@ class Candidates:
     Args:
         answers: The chosen one comes first.
         margin: By how much the chosen one is better, in units of reward; 0 where the row does not say.
+        change: What reward criteria changed in them, and why; empty: nothing.
     """
 
     answers: tuple[Candidate, ...]
     margin: float = 0.0
+    change: str = ""
 
     @property
     def sample(self) -> Sample:

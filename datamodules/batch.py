@@ -48,6 +48,23 @@ class RowError(ValueError):
         return f"{self.origin}: {self.reason}"
 
 
+class FilteredRowError(RowError):
+    """A row that is left out because reward criteria say so: it is named like others, and is no fault of the data."""
+
+
+class RowChange:
+    """What reward criteria changed in a row.
+
+    Args:
+        origin: Where the row stands.
+        reason: What was changed, and why.
+    """
+
+    def __init__(self, origin: Origin, reason: str) -> None:
+        self.origin = origin
+        self.reason = reason
+
+
 class FeatureKey(NamedTuple):
     """Under which key a cache keeps the features of a medium, and how many its encoder makes of it in the end."""
 
@@ -164,6 +181,9 @@ class Answers(TypedDict):
     chosen one. `media_pairs_M2` holds those of a chosen answer and of its corrupted one. `continues_B` tells which rows of the
     batch belong to the same row of the data as the one before; where rows are packed, which of their samples do. `example_A` is
     the entry of `examples` that an answer belongs to.
+
+    Where reward criteria judge the answers, `scores_A` has by the name of each its score of each answer (NaN: none), and
+    `changes` what they changed in the rows.
     """
 
     row_A: Tensor
@@ -176,6 +196,8 @@ class Answers(TypedDict):
     media_pairs_M2: Tensor
     continues_B: list[bool]
     example_A: list[int]
+    scores_A: NotRequired[dict[str, Tensor]]
+    changes: NotRequired[list[RowChange]]
 
 
 class Batch(TypedDict):

@@ -13,19 +13,22 @@ from datamodules.answer_form import AnswerForm
 from datamodules.answer_rows import AnswerExample
 from datamodules.answers import Candidates, parse_answers
 from datamodules.augment import Augment, rng
-from datamodules.batch import MODALITIES, Example, Modality, RowError
+from datamodules.batch import MODALITIES, Example, Modality, Origin, RowError
 from datamodules.cache import CacheOptions
 from datamodules.cache_keys import media_settings
 from datamodules.cached_media import CachedMedia
 from datamodules.content import Media
 from datamodules.conversation import Sample, parse_row
 from datamodules.jsonl import JsonlFile
+from datamodules.judge import Judge
 from datamodules.media import Decoded, MediaLimits, decode, media_key, probe
 from datamodules.parts import Prepared, media_shape
 from datamodules.processor import Processor
 from datamodules.prompt_template import PromptTemplate
 from datamodules.row_dataset import RowDataset, RowKey
 from datamodules.row_sizes import row_size
+from datamodules.rows import Row, UnusableRowError
+from datamodules.sampled_answers import preference_form
 from datamodules.sources import MediaError, MediaRoot
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,9 @@ class MultiModalDataset(RowDataset):
         limits: How big media may be, before they are decoded.
         name: The name of these rows in a mixture.
         answer_form: Which answers of a row an example has; not where `generate`.
+
+    Attributes:
+        judge: What reward criteria do with the answers of a row; None: there are none.
 
     Raises:
         ValueError: The file, the media root or the prompt template cannot be used.
@@ -87,6 +93,7 @@ class MultiModalDataset(RowDataset):
         self.limits = limits
         self.cached: CachedMedia | None = None
         self.answer_form = AnswerForm() if generate else answer_form
+        self.judge: Judge | None = None
 
     @property
     def sources(self) -> "Sequence[MultiModalDataset]":
@@ -109,10 +116,19 @@ class MultiModalDataset(RowDataset):
         return self.file.origin(row).line
 
     def sample(self, row: int) -> Sample:
+        fields, origin = self._row(row)
+        return parse_row(fields, origin, prompt_template=self.prompt_template, require_answer=not self.generate)
+
+    def _row(self, row: int) -> tuple[Row, Origin]:
+        """A row of the file, and where it stands; answers of which a pair is to be made stand where those of pairs do."""
         line = self.rows[row]
-        return parse_row(
-            self.file[line], self.file.origin(line), prompt_template=self.prompt_template, require_answer=not self.generate
-        )
+        fields, origin = self.file[line], self.file.origin(line)
+        if self.judge is None or not self.judge.builds:
+            return fields, origin
+        try:
+            return preference_form(fields, self.prompt_template), origin
+        except UnusableRowError as error:
+            raise RowError(origin, str(error)) from error
 
     def candidates(self, row: int) -> Candidates:
         """The answers of row number `row` that the objective compares, without their media.
@@ -121,8 +137,7 @@ class MultiModalDataset(RowDataset):
             RowError: The row is malformed, or has no such answers.
         """
         assert self.answer_form.kind != "single", "the objective compares no answers"
-        line = self.rows[row]
-        return parse_answers(self.file[line], self.file.origin(line), self.answer_form.kind, self.prompt_template)
+        return parse_answers(*self._row(row), self.answer_form.kind, self.prompt_template)
 
     def samples(self, row: int) -> list[Sample]:
         """The conversations of row number `row`: of each answer that is compared, else the one.
@@ -239,6 +254,8 @@ class MultiModalDataset(RowDataset):
 
     def _answers(self, key: RowKey) -> AnswerExample:
         candidates = self.candidates(key.row)
+        if self.judge is not None:
+            candidates = self.judge(candidates, self.decode)
         taken: dict[tuple[Modality, int], tuple[str, Decoded | Prepared]] = {}
 
         def take(medium: Media, place: int) -> tuple[str, Decoded | Prepared]:

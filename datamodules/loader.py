@@ -13,6 +13,7 @@ from datamodules.batch import MODALITIES, Batch, Example, Modality, RowError
 from datamodules.batching import Batching
 from datamodules.cache import CacheOptions
 from datamodules.collate import collate
+from datamodules.judgements import Judgements
 from datamodules.packing import RowSizes
 from datamodules.row_dataset import RowDataset
 from datamodules.row_sizes import row_sizes
@@ -47,6 +48,7 @@ class RowLoader:
         world_size: Number of processes.
         media_cache: Where decoded and transformed media are kept; None: nowhere.
         batching: What a batch has `batch_size` of.
+        judgements: Keeps account of what reward criteria do; None: there are none.
     """
 
     def __init__(
@@ -62,8 +64,10 @@ class RowLoader:
         world_size: int = 1,
         media_cache: CacheOptions | None = None,
         batching: Batching = Batching(),  # it is frozen
+        judgements: Judgements | None = None,
     ) -> None:
         self.dataset = dataset
+        self.judgements = judgements
         self.skipped = skipped
         self.num_workers = num_workers
         self.media_cache = media_cache
@@ -104,6 +108,8 @@ class RowLoader:
             # behind the loop: kept alive by the traceback, its workers would take 5 seconds each to end
             self.stop_workers()
             raise failure
+        if self.judgements is not None:
+            self.judgements.report()
 
     def row_counts(self) -> dict[str, int]:
         """Rows of the epoch at hand, on this rank: rows = trained + skipped + not_reached; and its dropped_tokens."""
@@ -146,6 +152,8 @@ class RowLoader:
 
     def _account(self, batch: Batch) -> None:
         """Counts the rows of a batch that is about to be handed out."""
+        if self.judgements is not None:
+            self.judgements.add(batch)
         self.counts.update(_key("skipped", error.origin.source) for error in batch["skipped"])
         for name, skipped in self.skipped.items():
             skipped.add([error for error in batch["skipped"] if error.origin.source == name])

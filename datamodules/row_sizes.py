@@ -132,6 +132,7 @@ def _place(source: "MultiModalDataset") -> Path:
         source.prompt_template,
         source.limits,
         source.answer_form,
+        source.judge is not None and source.judge.builds,
         source.processor.fingerprint(),
         hashlib.sha256(np.asarray(source.rows, np.int64).tobytes()).hexdigest(),
     )

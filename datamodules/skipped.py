@@ -1,15 +1,12 @@
 """The rows that could not be used: each named once, in a file that all processes of a run share."""
 
-import contextlib
-import fcntl
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
-from datamodules.batch import Origin, RowError
+from datamodules.batch import FilteredRowError, RowError
+from datamodules.named_rows import Line, RowFile
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +16,7 @@ class SkippedRows:
 
     A row that stands in the file already, from an earlier epoch, another process or before a resume, is not written
     again. It counts when it is met, so that a row that was mended before the run was resumed does not. Rows that other
-    processes name meanwhile count as well.
+    processes name meanwhile count as well. Rows that reward criteria leave out are named too, and are none too many.
 
     Args:
         path: The file, in the run folder; None: only count.
@@ -47,22 +44,23 @@ class SkippedRows:
         # rounded first, since 0.29 * 100 is a little less than 29
         self.num_allowed = max(1, math.floor(round(max_skipped * num_rows, 6))) if max_skipped > 0 else 0
         self.has_line = has_line
-        self._named: set[Origin] = set()
+        self._file = RowFile(path, "skipped rows", data_path, source)
         self._met: set[int] = set()
-        self._offset = 0
-        if path is not None and path.exists():
-            with path.open("rb") as file:
-                self._named |= self._read_new(file)
+        self._filtered: set[int] = set()
 
     @property
     def count(self) -> int:
-        """Rows that were skipped so far."""
+        """Rows that could not be used so far."""
         return len(self._met)
+
+    @property
+    def num_filtered(self) -> int:
+        """Rows that reward criteria left out so far."""
+        return len(self._filtered)
 
     def named_lines(self) -> list[int]:
         """Lines of these rows that were named so far, by any process, in this run of the program or before it was resumed."""
-        own = self.data_path, self.source
-        return [origin.line for origin in self._named if (origin.file, origin.source) == own]
+        return [line.number for line in self._file.lines()]
 
     def add(self, errors: Sequence[RowError]) -> None:
         """Names rows.
@@ -72,60 +70,22 @@ class SkippedRows:
         """
         if not errors:
             return
-        new = self._name(errors)
-        self._met |= {error.origin.line for error in errors}
+        new, others = self._file.name(errors)
+        met = [Line(error.origin.line, isinstance(error, FilteredRowError)) for error in errors]
+        for line in (*met, *others):
+            if self.has_line is None or self.has_line(line.number):
+                (self._filtered if line.is_filtered else self._met).add(line.number)
         where = f", see {self.path}" if self.path is not None else ""
         name = f" (source {self.source!r})" if self.source else ""
+        filtered = f", {self.num_filtered} of them by data.reward_criteria" if self.num_filtered else ""
+        num_gone = self.count + self.num_filtered
         if new:
-            log.warning("skipped %d row(s), %d so far%s; the last: %s", len(new), self.count, where, new[-1])
-        if self.count == self.num_rows or self.count > self.num_allowed:
+            log.warning("skipped %d row(s), %d so far%s%s; the last: %s", len(new), num_gone, filtered, where, new[-1])
+        if num_gone == self.num_rows or self.count > self.num_allowed:
             limit = f"and data.max_skipped = {self.max_skipped} allows {self.num_allowed:,}"
+            none_left = f"so none is left{f' (data.reward_criteria left out {self.num_filtered:,})' if self.num_filtered else ''}"
             raise ValueError(
                 f"{self.count:,} of {self.num_rows:,} rows ({100 * self.count / self.num_rows:.3g} %) "
-                f"from {self.data_path}{name} could not be used, {limit if self.count < self.num_rows else 'so none is left'}. "
+                f"from {self.data_path}{name} could not be used, {limit if num_gone < self.num_rows else none_left}. "
                 f"The last one is {errors[-1]}. Mend these rows{where}, or raise data.max_skipped"
             )
-
-    def _name(self, errors: Sequence[RowError]) -> list[RowError]:
-        """Writes those that no process has named yet, and returns them."""
-        new = [error for error in errors if error.origin not in self._named]
-        if new and self.path is not None:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a+b") as file:
-                    with contextlib.suppress(OSError):  # without locks, on some network disks, a row may be named twice
-                        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
-                    others = self._read_new(file)
-                    own = self.data_path, self.source
-                    lines = {origin.line for origin in others if (origin.file, origin.source) == own}
-                    self._met |= lines if self.has_line is None else set(filter(self.has_line, lines))
-                    self._named |= others
-                    file.truncate(self._offset)  # the rest of a line, by a process that was killed in it
-                    new = [error for error in new if error.origin not in self._named]
-                    self._offset += file.write(b"".join(_to_json_line(error) for error in new))
-            except OSError as error:
-                raise ValueError(
-                    f"{self.path} cannot be written ({error.strerror}): make room or get the right to write there, "
-                    "or give another run folder with --trainer.default_root_dir"
-                ) from error
-        self._named |= {error.origin for error in new}
-        return new
-
-    def _read_new(self, file: BinaryIO) -> set[Origin]:
-        """The rows that were named since the last time."""
-        file.seek(self._offset)
-        complete, newline, _ = file.read().rpartition(b"\n")
-        self._offset += len(complete) + len(newline)
-        try:
-            rows = [json.loads(line) for line in complete.split(b"\n") if line]
-            return {Origin(row["file"], row["line"], row.get("source", "")) for row in rows}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.path} holds something else than skipped rows ({error!r}): delete or rename it") from error
-
-
-def _to_json_line(error: RowError) -> bytes:
-    origin = error.origin
-    source = {"source": origin.source} if origin.source else {}
-    row = {**source, "file": origin.file, "line": origin.line, "reason": error.reason}
-    text = json.dumps(row, ensure_ascii=False)
-    return text.encode("utf-8", "backslashreplace") + b"\n"  # half of a surrogate pair becomes its JSON escape

@@ -30,6 +30,8 @@ class ScoredAnswers:
         weight_P: Weight of each pair.
         media_pairs_M2: A chosen answer and the same answer behind corrupted media.
         counts_A: Which answers count.
+        blank: Log-probabilities under the reference behind blank media; None: nobody asked for them.
+        scores_A: What reward criteria say of each answer, by their names; NaN: nothing.
     """
 
     policy: AnswerLogps
@@ -42,6 +44,8 @@ class ScoredAnswers:
     weight_P: Tensor
     media_pairs_M2: Tensor
     counts_A: Tensor
+    blank: AnswerLogps | None = None
+    scores_A: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -50,6 +54,7 @@ class ScoredAnswers:
         policy: AnswerLogps,
         reference: AnswerLogps | None = None,
         tokens: TokenScores | None = None,
+        blank: AnswerLogps | None = None,
     ) -> "ScoredAnswers":
         """The answers of a batch, as it has them."""
         return cls(
@@ -63,6 +68,8 @@ class ScoredAnswers:
             weight_P=answers["weight_P"],
             media_pairs_M2=answers["media_pairs_M2"],
             counts_A=torch.ones_like(answers["row_A"], dtype=torch.bool),
+            blank=blank,
+            scores_A=answers.get("scores_A", {}),
         )
 
     @property

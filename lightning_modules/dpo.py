@@ -4,8 +4,10 @@ Shape suffixes: P pairs.
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
+from datamodules.answer_form import AnswerForm
 from lightning_modules.comparison import Comparison, ScoredAnswers
 from lightning_modules.dpo_kinds import Divergence, DPOKind, DPOOptions, check_kinds
 from lightning_modules.logprobs import Statistic
@@ -56,6 +58,10 @@ class DPOLitModule(ReferencedLitModule):
         self.ld_alpha = ld_alpha
         self.use_weighting = use_weighting
         self.margin_weight = margin_weight
+
+    @property
+    def answer_form(self) -> AnswerForm:
+        return replace(super().answer_form, takes_margin=self.margin_weight != 0)
 
     @property
     def statistics(self) -> Collection[Statistic]:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from datamodules.answer_form import AnswerForm
 from datamodules.batch import Batch, answers_of_positions
+from datamodules.criteria import CriteriaUse
 from datamodules.fingerprint import fingerprint
 from lightning_modules.comparison import Comparison, ScoredAnswers, row_values, token_metrics
+from lightning_modules.criteria import ReferenceCriterion, blank_media, criteria_metrics, has_media, judged, reference_terms
 from lightning_modules.dropout import turn_dropout_off
 from lightning_modules.epoch_means import EpochMeans, RowValues
 from lightning_modules.logprobs import AnswerLogps, Statistic, TokenScores, score_tokens
@@ -87,7 +89,7 @@ class PreferenceLitModule(MultiModalLitModule):
         scored = self.score_answers(batch, stage)
         compared = self.compare(scored)
         num_rows = len(batch["examples"])
-        values = row_values([*compared.metrics, *token_metrics(scored)], scored.row_A, num_rows)
+        values = row_values([*compared.metrics, *token_metrics(scored), *criteria_metrics(scored)], scored.row_A, num_rows)
         if stage == "train":
             self._step_means.add(values, [""] * num_rows)
         else:
@@ -102,14 +104,18 @@ class PreferenceLitModule(MultiModalLitModule):
         answers, answer_S = batch["answers"], answers_of_positions(batch)
         features = self.model.features(batch)
         encoded = self.model.encode(batch, features)
-        logps_S = self.reference_logps(batch, features, encoded)
+        logps_S, blank_S = self.reference_logps(batch, features, encoded), self.blank_logps(batch, features, stage)
         tokens = self.score_labels(batch, encoded, self.statistics if stage == "train" else (*self.statistics, *_EVALUATED))
         num_answers = len(answers["roles"])
-        reference = None if logps_S is None else AnswerLogps(logps_S, answer_S, num_answers)
-        return ScoredAnswers.of(answers, AnswerLogps(tokens.logps_S, answer_S, num_answers), reference, tokens)
+        reference, blank = (None if x is None else AnswerLogps(x, answer_S, num_answers) for x in (logps_S, blank_S))
+        return ScoredAnswers.of(answers, AnswerLogps(tokens.logps_S, answer_S, num_answers), reference, tokens, blank)
 
     def reference_logps(self, batch: Batch, features: EncodedMedia, encoded: EncodedMedia) -> Tensor | None:
         """Log-probabilities of the labels under the reference, logps_S; None: there is none."""
+        return None
+
+    def blank_logps(self, batch: Batch, features: EncodedMedia, stage: Stage) -> Tensor | None:
+        """The same behind blank media, logps_S; None: nobody asks for them."""
         return None
 
     def score_labels(self, batch: Batch, encoded: EncodedMedia, want: Collection[Statistic]) -> TokenScores:
@@ -156,20 +162,35 @@ class ReferencedLitModule(PreferenceLitModule):
         reference: The model that the policy is compared with; None: the start of this run, in the least memory that takes:
             the frozen weights without adapters, a second adapter after a warm start that carried some (`init_from`), or a
             copy of what trains where that is more than adapters.
+        reward_criteria: Scorers of the answers that need the reference. Each batch that they score costs a forward pass of it
+            more, behind blank media.
+        criteria_use: What is done with their scores: `monitor` logs them in evaluation, `weight` and `margin` change the
+            training pairs as well.
     """
 
-    def __init__(self, *args: Any, reference: Reference | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        reference: Reference | None = None,
+        reward_criteria: list[ReferenceCriterion] | None = None,
+        criteria_use: CriteriaUse = CriteriaUse(),  # it is frozen
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.reference = reference
+        self.reward_criteria = reward_criteria or []
+        self.criteria_use = criteria_use
 
     def configure_model(self) -> None:
         """Makes the weights, and the reference of them.
 
         Raises:
-            ValueError: Training would move the reference.
+            ValueError: Training would move the reference, or the reward criteria cannot be used so.
         """
         if self.model.is_built:
             return
+        form = self.answer_form
+        self._terms = reference_terms(self.reward_criteria, self.criteria_use, form.takes_margin, form.kind == "pairs")
         if isinstance(self.reference, PrecomputedReference) and self.answer_form.mismatched:
             raise ValueError(
                 "model.reference is PrecomputedReference, but this objective also compares mismatched answers, which are others "
@@ -184,6 +205,21 @@ class ReferencedLitModule(PreferenceLitModule):
     def reference_logps(self, batch: Batch, features: EncodedMedia, encoded: EncodedMedia) -> Tensor | None:
         assert self.reference is not None
         return self.reference.logps(self.model, batch, features, encoded)
+
+    def blank_logps(self, batch: Batch, features: EncodedMedia, stage: Stage) -> Tensor | None:
+        if not self.reward_criteria or (stage == "train" and self.criteria_use.mode == "monitor"):
+            return None
+        assert self.reference is not None
+        return self.reference.logps(self.model, *blank_media(batch, features), {})
+
+    def score_answers(self, batch: Batch, stage: Stage) -> ScoredAnswers:
+        """As in the base, and what the reward criteria say of the answers."""
+        scored = super().score_answers(batch, stage)
+        if scored.blank is None:
+            return scored
+        has_media_A = has_media(batch)
+        scores_A = {each.label: each.scorer(scored.against, scored.blank, has_media_A) for each in self.reward_criteria}
+        return judged(scored, scores_A, self._terms, self.criteria_use if stage == "train" else CriteriaUse())
 
     def on_train_epoch_end(self) -> None:
         """Writes the log-probabilities that a later run may read."""

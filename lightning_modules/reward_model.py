@@ -56,7 +56,7 @@ class RewardLitModule(PreferenceLitModule):
 
     @property
     def answer_form(self) -> AnswerForm:
-        return replace(super().answer_form, scores_answers=True)
+        return replace(super().answer_form, scores_answers=True, takes_margin=self.margin_weight != 0)
 
     def configure_model(self) -> None:
         if self.model.is_built:
