@@ -27,6 +27,9 @@ class ChatTokenizer:
         tokenizer: A fast tokenizer with a chat template, as `load_tokenizer` gives it.
         name: What errors call it.
         media_tokens: Its own tokens for media; None: `MEDIA_TOKENS` are added behind its ids.
+
+    Attributes:
+        placeholder_ids: The tokens in whose places the embeddings of media come.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class ChatTokenizer:
         vocabulary = tokenizer.get_vocab()
         self.media_ids = {modality: vocabulary[token] for modality, token in self.media_tokens.items()}
         self._special_ids = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+        self.placeholder_ids: set[int] = set(self.media_ids.values())
         self._special = _any_of(tokenizer.convert_ids_to_tokens(sorted(self._special_ids)))
         self._template = ChatTemplate(self._render)
         self._codec = Codec(self._ids, self._backend.decode, anchor=next(iter(self.media_tokens.values())))

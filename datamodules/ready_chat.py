@@ -48,7 +48,7 @@ class ReadyChat(ChatTokenizer):
         self.replacements: Mapping[Modality, Sequence[str]] = {}
         self.order: list[Modality] = []
         ids = [*ready.image_token_ids, *ready.video_token_ids, *ready.audio_token_ids]  # None where the model takes no such media
-        self.placeholder_ids: set[int] = {number for number in ids if number is not None}
+        self.placeholder_ids = {number for number in ids if number is not None}
         self._placeholders = [str(self.tokenizer.convert_ids_to_tokens(number)) for number in sorted(self.placeholder_ids)]
         bos = self.tokenizer.bos_token
         # transformers lets the tokenizer put it in front where the template does not

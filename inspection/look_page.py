@@ -3,8 +3,6 @@
 Shape suffixes: C channels, H height, W width, F frames, S samples, T times, M mel bands.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 
@@ -16,6 +14,7 @@ from torch import Tensor
 from datamodules.batch import RowError
 from datamodules.media_audio import Waveform
 from datamodules.media_video import Clip
+from datamodules.thumbnails import data_uri
 from inspection.look_text import describe, facts, piece_name
 from inspection.looked_at import LookedAt, Medium
 from inspection.page_style import STYLE
@@ -123,10 +122,6 @@ def _heat(mel_TM: Tensor) -> Image.Image:
 def _picture(image: Image.Image) -> str:
     small = image.copy()
     small.thumbnail((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    kind = "png" if max(small.size) <= SIDE else "jpeg"  # JPEG would blur the few pixels of a small one
-    small.save(file, kind)
     scale = SIDE / max(small.size)
     width, height = (max(1, round(side * scale)) for side in small.size)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img src="data:image/{kind};base64,{data}" width="{width}" height="{height}" alt="">'
+    return f'<img src="{data_uri(small)}" width="{width}" height="{height}" alt="">'

@@ -7,7 +7,7 @@ from datamodules.media import Decoded
 from datamodules.media_audio import Waveform
 from datamodules.media_video import Clip
 from inspection.looked_at import LookedAt, Medium
-from inspection.pieces import Piece, Stretch
+from inspection.pieces import Piece, Stretch, visible
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -20,13 +20,15 @@ def row_text(row: LookedAt | RowError) -> "Text":
     from rich.text import Text
 
     if isinstance(row, RowError):
-        return Text.assemble((f"{_source(row)}{row.origin}  ", "bold"), ("cannot be used: ", "bold red"), row.reason, "\n")
-    text = Text.assemble((f"{_source(row)}{row.origin}", "bold"), (f"  id {row.id} · {facts(row)}\n", QUIET))
+        return Text.assemble(
+            (f"{_source(row)}{row.origin}  ", "bold"), ("cannot be used: ", "bold red"), visible(row.reason), "\n"
+        )
+    text = Text.assemble((f"{_source(row)}{row.origin}", "bold"), (f"  id {visible(row.id)} · {facts(row)}\n", QUIET))
     for stretches in row.rows:
         for stretch in stretches:
             text.append_text(_stretch(stretch))
     for medium in row.media:
-        text.append(f"  {medium.modality} {medium.name}: {describe(medium)}\n", style=QUIET)
+        text.append(f"  {medium.modality} {visible(medium.name)}: {describe(medium)}\n", style=QUIET)
     return text
 
 
@@ -36,7 +38,7 @@ def facts(row: LookedAt) -> str:
     for medium in dict.fromkeys(medium.modality for medium in row.media):
         told.append(f"{sum(own.num_tokens for own in row.media if own.modality == medium):,} {medium}")
     if row.choices:
-        told.append(f"choices: {', '.join(row.choices)}")
+        told.append(f"choices: {visible(', '.join(row.choices))}")
     if row.num_dropped_tokens:
         told.append(f"{row.num_dropped_tokens:,} tokens cut off by max_length")
     return " · ".join(told)
@@ -75,7 +77,7 @@ def _stretch(stretch: Stretch) -> "Text":
 
 def piece_name(piece: Piece) -> str:
     """A piece as it is written; a medium with the number of its tokens."""
-    return f"<{piece.text} ×{piece.num_tokens}>" if piece.kind == "medium" else piece.text
+    return f"<{piece.text} ×{piece.num_tokens}>" if piece.kind == "medium" else visible(piece.text)
 
 
 def _source(row: LookedAt | RowError) -> str:

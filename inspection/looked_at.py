@@ -99,7 +99,7 @@ def look_at(dataset: RowDataset, row: int, epoch: int) -> LookedAt:
     example = dataset[key]
     chat = dataset.processor.chat
     batch = collate([example], dataset.processor.pad_id, "left" if dataset.generate else "right")
-    rows = [tuple(stretches(batch, at, chat.tokenizer, chat.media_ids)) for at in range(len(batch["tokens_BT"]))]
+    rows = [tuple(stretches(batch, at, chat.tokenizer, chat.placeholder_ids)) for at in range(len(batch["tokens_BT"]))]
     return LookedAt(
         origin=example.origin,
         id=example.id,

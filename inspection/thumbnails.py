@@ -3,8 +3,6 @@
 Shape suffixes: F frames, S samples.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +12,7 @@ from datamodules.batch import RowError
 from datamodules.media import Decoded
 from datamodules.media_audio import Waveform
 from datamodules.media_video import Clip
+from datamodules.thumbnails import data_uri
 from inspection.findings import Place
 from inspection.plots import waveform
 from inspection.reader import media_of_row
@@ -75,6 +74,4 @@ def draw(decoded: Decoded) -> str:
 def _picture(image: Image.Image, side: int) -> str:
     small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.BILINEAR)
-    data = io.BytesIO()
-    small.save(data, "JPEG", quality=85)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}" alt="">'
+    return f'<img src="{data_uri(small)}" alt="">'

@@ -81,7 +81,11 @@ class OmniLitCLI(LightningCLI):
             first_line = (command.__doc__ or "").partition("\n")[0]
             subparser = self.init_parser(description=first_line)
             self._add_arguments(subparser)
-            self._subcommand_method_arguments[name] = subparser.add_function_arguments(command, skip={"setup"})
+            own = subparser.add_function_arguments(command, skip={"setup"})
+            for action in subparser._actions:
+                if action.dest in own and action.default is False:
+                    action.nargs, action.const = "?", True  # a flag: --bad is --bad true
+            self._subcommand_method_arguments[name] = own
             self._subcommand_parsers[name] = subparser
             parser._subcommands_action.add_subcommand(name, subparser, help=first_line)
 

@@ -1,7 +1,5 @@
 """What the model answers to a handful of validation rows, looked at after every validation."""
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -13,10 +11,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 
 from datamodules.batch import MODALITIES, Batch, Example, RowError
+from datamodules.thumbnails import data_uri, side_by_side, thumbnail
 from lightning_modules.answers import is_right
 from lightning_modules.run_folder import run_folder, write_text
 from lightning_modules.sample_table import Column, Row, SampleTable
-from lightning_modules.thumbnails import side_by_side, thumbnail
 
 if TYPE_CHECKING:
     from datamodules.loading import RowDataModule
@@ -136,7 +134,7 @@ def _write_page(folder: Path, chosen: Sequence[_Chosen], column: Column) -> None
             question=row.prompt.prompt,
             reference=row.prompt.reference,
             closed=row.answered.choices is not None,
-            pictures=tuple(_data_uri(picture) for picture in row.pictures),
+            pictures=tuple(data_uri(picture) for picture in row.pictures),
         )
         for row in chosen
     ]
@@ -152,10 +150,3 @@ def _write_page(folder: Path, chosen: Sequence[_Chosen], column: Column) -> None
     table.add(column)
     write_text(kept, table.to_json())
     write_text(folder / "samples.html", table.to_html(f"Samples of {folder.name}"))
-
-
-def _data_uri(picture: Image.Image) -> str:
-    kind = "png" if max(picture.size) <= 64 else "jpeg"  # JPEG would blur the few pixels of an icon
-    file = io.BytesIO()
-    picture.save(file, format=kind, quality=88)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
+from tests.lightning_modules.media_fakes import write_media_rows
 from train import main
 
 TINY, ALL, DPO = "configs/sft/tiny.yaml", "configs/sft/tiny_all.yaml", "configs/objective/dpo.yaml"
@@ -72,7 +74,7 @@ def test_the_longest_rows(rows, capsys):
 
 
 def test_rows_that_cannot_be_used(rows, capsys):
-    shown = shown_of(rows, capsys, "--bad", "true")
+    shown = shown_of(rows, capsys, "--bad")
     assert re.findall(r"rows\.jsonl:(\d+)  cannot be used: ", shown) == ["4", "5"]
     assert "lost.png does not exist" in shown and "not JSON" in shown
     assert "cannot be used" in shown_of(rows, capsys, "--id", "[lost, row1]")
@@ -86,3 +88,27 @@ def test_an_id_that_is_not_there(rows, capsys):
 def test_no_row_is_bad(capsys):
     main(["inspect", "--config", TINY, "--bad", "true", "--split", "val"])
     assert "no row of 8 is bad" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+def test_a_ready_model_that_writes_media_in_its_own_way(family, tmp_path, model_folder, capsys):
+    rows = write_media_rows(tmp_path / "rows.jsonl", ["i"] if family == "gemma3" else ["iv"])
+    ready = {"class_path": "PretrainedMLLM", "init_args": {"name_or_path": str(model_folder(family))}}
+    model = {"class_path": "MultiModalLitModule", "init_args": {"language_model": ready}}
+    data = {"class_path": "ImageDataModule", "init_args": {"train_path": str(rows), "num_workers": 0}}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"model": model, "data": data}), encoding="utf-8")
+    main(["inspect", "--config", str(config)])
+    shown = capsys.readouterr().out
+    for modality in ("image", "video"):
+        told = sum(map(int, re.findall(rf" · ([0-9]+) {modality}", shown)))
+        assert sum(map(int, re.findall(rf"<{modality} ×([0-9]+)>", shown))) == told
+    assert "<image ×" in shown and "_pad|>" not in shown and "It is a bus." in shown
+
+
+def test_text_of_the_data_obeys_nobody(tmp_path, capsys):
+    row = {"query": "a\x1b[2Jb", "response": "c"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    shown = shown_of(path, capsys)
+    assert "a␛[2Jb" in shown and "\x1b[2J" not in shown

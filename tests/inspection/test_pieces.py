@@ -8,10 +8,10 @@ import torch
 from datamodules.answer_rows import AnswerExample
 from datamodules.batch import IGNORE_INDEX, Example, MediaItem, Origin
 from datamodules.collate import collate
-from inspection.pieces import Piece, stretches
+from inspection.pieces import Piece, stretches, visible
 from tests.tiny import make_tokenizer
 
-MEDIA_IDS = {"image": 900, "video": 901, "audio": 902}
+MEDIA_IDS = {900, 901, 902}
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +76,34 @@ def test_answers_are_stretches_of_their_own(example, tokenizer):
     assert prompt.num_supervised == 0 and prompt.pieces[0].kind == "medium"
     assert [piece.text for piece in chosen.pieces if piece.supervised] == ["A red bus.", "<|im_end|>"]
     assert [piece.text for piece in refused.pieces if piece.supervised] == ["It is a blue boat.", "<|im_end|>"]
+
+
+def test_a_medium_with_other_tokens_among_its_own(tokenizer):
+    """As Qwen3-VL's clips have, between whose frames stand their times."""
+    text = tokenizer("wait", add_special_tokens=False).input_ids
+    tokens = [*text, 901, 901, *text, 901, 900, *text]
+    media = {
+        "video": [MediaItem("v", torch.zeros(1), 3, len(text))],
+        "image": [MediaItem("i", torch.zeros(1), 1, 2 * len(text) + 3)],
+    }
+    example = Example(Origin("f", 1), "1", tokens, [IGNORE_INDEX] * (len(tokens) - len(text)) + text, media)
+    (stretch,) = stretches(collate([example], pad_id=0), 0, tokenizer, MEDIA_IDS)
+    read = [(piece.text, piece.num_tokens) for piece in stretch.pieces]
+    waits = ("wait", len(text))
+    assert read == [waits, ("video", 2), waits, ("video", 1), ("image", 1), waits]
+
+
+def test_media_that_the_fusion_keeps_out_of_the_row_stand_in_front_of_what_follows(tokenizer):
+    before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in ("one", " bus"))
+    items = [MediaItem("a", torch.zeros(1), 0, len(before)), MediaItem("b", torch.ones(1), 0, len(before))]
+    tokens = [*before, *after]
+    example = Example(Origin("f", 1), "1", tokens, [IGNORE_INDEX, *tokens[1:]], {"image": items})
+    (stretch,) = stretches(collate([example], pad_id=0), 0, tokenizer, MEDIA_IDS)
+    at = [piece.kind for piece in stretch.pieces].index("medium")
+    assert [piece for piece in stretch.pieces if piece.kind == "medium"] == [Piece("medium", "image", 0, False)] * 2
+    assert sum(piece.num_tokens for piece in stretch.pieces[:at]) == len(before)
+    assert stretch.num_tokens == len(tokens)
+
+
+def test_what_a_terminal_would_obey_is_shown():
+    assert visible("a\x1b[2Jb\x7f\n\tc") == "a␛[2Jb␡\n\tc"

@@ -19,14 +19,15 @@ def run(*arguments: str) -> list[tuple[Setup, str | None, int]]:
     """What a command with two options of its own is called with."""
     calls: list[tuple[Setup, str | None, int]] = []
 
-    def look(setup: Setup, html: str | None = None, num: int = 4) -> None:
+    def look(setup: Setup, html: str | None = None, num: int = 4, bad: bool = False) -> None:
         """Looks at something.
 
         Args:
             html: Where to write the page.
             num: How many.
+            bad: Only what is bad.
         """
-        calls.append((setup, html, num))
+        calls.append((setup, "bad" if bad else html, num))
 
     OmniLitCLI(
         MultiModalLitModule,
@@ -51,6 +52,12 @@ def test_a_command_gets_its_options_and_what_a_fit_would_get(tmp_path: Path) -> 
     assert setup.datamodule.seed == 42
     assert setup.trainer.default_root_dir == str(tmp_path)
     assert setup.trainer.max_epochs == 20
+
+
+@pytest.mark.parametrize(("arguments", "shown"), [(["--bad"], "bad"), (["--bad", "--num=7"], "bad"), (["--bad=false"], None)])
+def test_a_switch_needs_no_value(arguments: list[str], shown: str | None) -> None:
+    ((_, html, _),) = run("look", *TINY, *arguments)
+    assert html == shown
 
 
 def test_nothing_is_built_or_written_and_no_trainer_is_made(tmp_path: Path) -> None:

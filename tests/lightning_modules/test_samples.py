@@ -11,10 +11,10 @@ from callback_fakes import FakeData, FakeModule, good_batch, make_trainer
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
+from datamodules.thumbnails import THUMBNAIL_PIXELS, data_uri
 from lightning_modules import samples
 from lightning_modules.sample_table import Column, Row, SampleTable
 from lightning_modules.samples import SamplePage
-from lightning_modules.thumbnails import THUMBNAIL_PIXELS
 
 
 def data() -> FakeData:
@@ -159,7 +159,7 @@ class Page(HTMLParser):
 
 def test_page_is_safe_and_self_contained() -> None:
     evil = '<script>alert("x")</script> & <b>'
-    uri = samples._data_uri(Image.new("RGB", (20, 30), "red"))
+    uri = data_uri(Image.new("RGB", (20, 30), "red"))
     rows = [Row(evil, evil, f"<image>{evil}", evil, False, (uri, uri)), Row("2", "a:2", "Name it", "bus")]
     columns = [
         Column("step 10", 10, 0.75, (evil, "car"), (0.5, 1.25)),

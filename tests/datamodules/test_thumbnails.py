@@ -6,7 +6,7 @@ from PIL import Image
 
 from datamodules.media_audio import Waveform
 from datamodules.media_video import Clip
-from lightning_modules.thumbnails import THUMBNAIL_PIXELS, side_by_side, thumbnail
+from datamodules.thumbnails import THUMBNAIL_PIXELS, side_by_side, thumbnail
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

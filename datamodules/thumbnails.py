@@ -1,8 +1,10 @@
-"""Small pictures of media, for tables: an image itself, three frames of a clip, how loud a sound is over its time.
+"""Small pictures of media, for tables and pages: an image itself, three frames of a clip, how loud a sound is over its time.
 
 Shape suffixes: F frames, H height, W width, S samples, P columns of pixels.
 """
 
+import base64
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,6 +40,14 @@ def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
         sheet.paste(picture, (left, 0))
         left += picture.width
     return sheet
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture as text that a page can hold: without loss where it is small, since JPEG would blur the few pixels of an icon."""
+    kind = "png" if max(picture.size) <= 64 else "jpeg"
+    file = io.BytesIO()
+    picture.convert("RGB").save(file, format=kind, quality=88)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
 def _loudness(sound: Waveform) -> Image.Image:
