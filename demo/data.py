@@ -6,10 +6,11 @@ python -m demo.data
 from pathlib import Path
 
 from demo import motion, pictures, speech
+from demo.rows import Modality
 from demo.weights import CACHE
 
 
-def prepare_all(cache: Path = CACHE) -> dict[str, dict[str, Path]]:
+def prepare_all(cache: Path = CACHE) -> dict[Modality, dict[str, Path]]:
     """Writes the rows and the media of each modality; does nothing where they are there.
 
     Args:

@@ -37,7 +37,7 @@ CLIPS_EACH = 3
 
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 """The answers, and what they mean for x and y."""
-QUESTION = "Which way does it move?"
+QUESTION = "Which way?"
 
 SIZE = 96
 """Pixels, each side of a frame."""

@@ -42,7 +42,6 @@ SHORT: Flags = {
 
 IMAGES: Flags = {"data.train_path": "demo/tiny/train.jsonl", "data.media_root": "demo/tiny"}
 SIGLIP: Flags = {"model.language_model.name_or_path": "{llama}", "model.image_encoder.name_or_path": "{siglip}", **IMAGES}
-DEMO: Flags = {"model.language_model.name_or_path": "{llama}", **IMAGES, "data.val_path": "demo/tiny/val.jsonl"}
 DINOV2: Flags = {
     "model.image_encoder.name_or_path": "{dinov2}",
     "model.image_encoder.image_size": "32",
@@ -58,6 +57,22 @@ def _source(name: str, rows: str) -> Flags:
         f"{option}.val_fraction": "0.25",
     }
 
+
+DEMO: Flags = {
+    "model.language_model.name_or_path": "{llama}",
+    "model.video_encoder.frames.name_or_path": "{dinov2}",
+    "model.video_encoder.frames.image_size": "32",
+    "model.video_encoder.frames.layer": "2",
+    "model.audio_encoder.name_or_path": "{whisper}",
+    "model.feature_cache.folder": "{pictures}/features",
+    **{
+        f"data.sources.{name}.{option}": f"{{{rows}}}{path}"
+        for name, rows in (("fashion", "pictures"), ("motion", "clips"), ("speech", "sounds"))
+        for option, path in (("train_path", "/rows.jsonl"), ("val_path", "/rows.jsonl"), ("media_root", ""))
+    },
+    "data.batch_size": "6",  # so that the one step has media of all kinds
+}
+"""Everything of the demo but the encoder of its pictures, which an overlay replaces."""
 
 RECIPES: dict[str, Flags] = {
     "tiny": {},
