@@ -11,7 +11,7 @@ from train import main
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs/sft").glob("*.yaml"))
-ROOMS = ("adapter", "bridge", "logger", "debug", "objective")
+ROOMS = ("adapter", "bridge", "logger", "debug", "objective", "strategy")
 OVERLAYS = sorted(path for room in ROOMS for path in (ROOT / "configs" / room).glob("*.yaml"))
 OBJECTIVES = sorted((ROOT / "configs/objective").glob("*.yaml"))
 

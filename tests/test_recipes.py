@@ -135,9 +135,11 @@ LEFT = {
 }
 """What an overlay must leave in the run folder."""
 
+ELSEWHERE = ("sft", "sweeps", "strategy")
 OVERLAY_NAMES = sorted(
-    f"{path.parent.name}/{path.stem}" for path in CONFIGS.glob("*/*.yaml") if path.parent.name not in ("sft", "sweeps")
+    f"{path.parent.name}/{path.stem}" for path in CONFIGS.glob("*/*.yaml") if path.parent.name not in ELSEWHERE
 )
+"""Those of `strategy` want several processes: tests/lightning_modules/test_strategies.py has them."""
 
 
 Train = Callable[[Sequence[str], Flags], Path]

@@ -24,8 +24,8 @@ from lightning_modules.feature_cache import arithmetic, encoder_hash
 from lightning_modules.multimodal import MultiModalLitModule
 from models.language import Generation
 from tests.lightning_modules.media_fakes import make_all, write_media_rows
+from tests.lightning_modules.processes import in_two_processes
 from tests.lightning_modules.run_fakes import Watch, batches, make_data, make_trainer, weights, write_rows
-from tests.lightning_modules.test_multimodal_ddp import in_two_processes
 from train import main
 
 NUM_ROWS = 8

@@ -21,8 +21,8 @@ from lightning_modules.part_table import PartTable
 from models.checkpoint import read_checkpoint
 from models.cross_attention import GatedCrossAttentionFusion
 from models.multimodal import MultiModalModel
+from tests.lightning_modules.processes import in_two_processes
 from tests.lightning_modules.run_fakes import Watch, batches, examples, make_data, make_trainer, weights, write_rows
-from tests.lightning_modules.test_multimodal_ddp import in_two_processes
 
 MakeModule = Callable[..., MultiModalLitModule]
 

@@ -1,18 +1,14 @@
 """Two processes on the CPU, which share one batch between them."""
 
 import json
-import multiprocessing
 import os
-import socket
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from datamodules.batch import Batch
@@ -29,6 +25,7 @@ from models.fusion import Fusion
 from models.language import LanguageModel
 from tests.encoders.audio_fakes import save_audio_model
 from tests.lightning_modules.media_fakes import make_all, write_media_rows
+from tests.lightning_modules.processes import in_two_processes
 from tests.lightning_modules.run_fakes import make_data, make_trainer, weights, write_rows
 
 Job = Callable[[Path, dict[str, Any]], None]
@@ -60,32 +57,6 @@ def train(tiny_llm: Path, tiny_clip: Path) -> Callable[..., None]:
         (folder / f"{trainer.global_rank}.json").write_text(json.dumps(metrics))
 
     return job
-
-
-def in_two_processes(
-    job: Callable[..., None], *arguments: Any, timeout_seconds: float = 30.0, **options: Any
-) -> list[int | None]:
-    """Runs a job in each of two forked processes; returns their exit codes. Processes that wait for each other in vain give up
-    after `timeout_seconds`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def run(rank: int) -> None:
-        os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier test: Lightning would seed with it again
-        # as torchrun tells it
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-        os.environ.update({name: str(value) for name, value in {**names, **address}.items()})
-        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        job(*arguments, {"strategy": strategy, "devices": 2}, **options)
-
-    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
 
 
 def kept(folder: Path, rank: int) -> tuple[dict[str, Tensor], dict[str, float]]:

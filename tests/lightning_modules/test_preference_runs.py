@@ -23,8 +23,8 @@ from lightning_modules.reward_model import RewardLitModule
 from lightning_modules.simpo import SimPOLitModule
 from models.multimodal import MultiModalModel
 from tests.lightning_modules.preference_fakes import make_module, sgd, write_pairs
+from tests.lightning_modules.processes import in_two_processes
 from tests.lightning_modules.run_fakes import make_data, make_trainer, weights
-from tests.lightning_modules.test_multimodal_ddp import in_two_processes
 
 
 @pytest.fixture(scope="module")

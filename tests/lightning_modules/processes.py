@@ -1,0 +1,41 @@
+"""Jobs in two processes of this machine, which talk to each other as those of a cluster do."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+MakeStrategy = Callable[[timedelta], Strategy]
+
+
+def ddp(timeout: timedelta) -> Strategy:
+    return DDPStrategy(process_group_backend="gloo", timeout=timeout)
+
+
+def in_two_processes(
+    job: Callable[..., None], *arguments: Any, timeout_seconds: float = 30.0, strategy: MakeStrategy = ddp, **options: Any
+) -> list[int | None]:
+    """Runs a job in each of two forked processes; returns their exit codes. Processes that wait for each other in vain give up
+    after `timeout_seconds`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def run(rank: int) -> None:
+        os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier test: Lightning would seed with it again
+        # as torchrun tells it
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        os.environ.update({name: str(value) for name, value in {**names, **address}.items()})
+        job(*arguments, {"strategy": strategy(timedelta(seconds=timeout_seconds)), "devices": 2}, **options)
+
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
