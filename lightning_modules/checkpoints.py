@@ -1,11 +1,11 @@
 """When checkpoints are written, and where; and that each of them stands between two optimizer steps."""
 
-import contextlib
+import copy
+import io
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -16,11 +16,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from datamodules.fingerprint import differences
-from datamodules.loading import RowDataModule
-from datamodules.processor import Processor
 from lightning_modules.run_folder import cannot_write, run_folder
 from models.checkpoint import read_checkpoint
+from models.manifest import HashingWriter, Manifest, discard, manifest_path, publish, sweep, temporary_name
+
+
+class CannotSaveError(ValueError):
+    """The disk is full, or fails; the checkpoint that stood there before stands there still."""
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -32,16 +34,29 @@ class RunCheckpoint(ModelCheckpoint):
         save_last: Keep the newest checkpoint as last.ckpt.
         save_on_exception: Write last.ckpt also when the run is stopped by an error or by the user. Not with several processes:
             the others may be elsewhere, and would be waited for in vain.
+        on_save_error: What to do where a checkpoint cannot be written, as on a full disk: `stop`, or `go_on` and say so. The
+            checkpoints from before stay in any case.
     """
 
-    def __init__(self, *args: Any, save_last: bool = True, save_on_exception: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        save_last: bool = True,
+        save_on_exception: bool = True,
+        on_save_error: Literal["stop", "go_on"] = "stop",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, save_last=save_last, save_on_exception=save_on_exception, **kwargs)  # type: ignore[misc]
+        self.on_save_error = on_save_error
         self._weights_move = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settles the folder."""
+        """Settles the folder, and clears away what a run that was killed while it saved has left in it."""
         if self.dirpath is None:
             self.dirpath = str(run_folder(trainer) / "checkpoints")
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning
+            for folder in (Path(self.dirpath), run_folder(trainer)):
+                sweep(folder)
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,7 +86,32 @@ class RunCheckpoint(ModelCheckpoint):
             return
         # a run that was resumed from before its last checkpoint would call the next one last-v1
         self.last_model_path = self.last_model_path or self._last()
-        super()._save_last_checkpoint(trainer, monitor_candidates)
+        self._attempt(super()._save_last_checkpoint, trainer, monitor_candidates)
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        self._attempt(super()._save_topk_checkpoint, trainer, monitor_candidates)
+
+    def _attempt(self, save: Callable[..., None], trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """Saves, or says why not and forgets about it, so that Lightning removes no earlier checkpoint for a later one."""
+        before = copy.deepcopy(self.state_dict())
+        try:
+            save(trainer, monitor_candidates)
+        except CannotSaveError as error:
+            if self.on_save_error == "stop":
+                raise
+            self.load_state_dict(before)
+            rank_zero_warn(f"{error}. The run goes on without this checkpoint, since checkpoint.on_save_error is go_on")
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        problem, before = "", (self._last_global_step_saved, self._last_checkpoint_saved)
+        try:
+            super()._save_checkpoint(trainer, filepath)
+        except CannotSaveError as error:  # on the process that writes, on its way to where the others wait for it
+            problem = str(error)
+            trainer.strategy.barrier()
+        if problem := trainer.strategy.broadcast(problem):
+            self._last_global_step_saved, self._last_checkpoint_saved = before
+            raise CannotSaveError(problem)
 
     def _last(self) -> str:
         assert self.dirpath is not None
@@ -96,33 +136,36 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class CheckpointFile(TorchCheckpointIO):
-    """Reads and writes checkpoints as Lightning does, but says in a paragraph what is wrong with one."""
+    """Reads and writes checkpoints as Lightning does, each with a manifest, and says in a paragraph what is wrong with one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Writes a checkpoint under a temporary name in the same folder, then renames it.
+        """Writes a checkpoint under a temporary name in the same folder, then its manifest, then renames both.
 
         Lightning's own has the temporary file in the system's folder for those. Where that is another disk, to rename is to copy,
         and a full disk or a kill in the middle leaves half a file in the place of the last checkpoint.
 
         Raises:
-            ValueError: It cannot be written.
+            CannotSaveError: It cannot be written.
         """
         path = Path(path)
-        temporary = path.with_name(".checkpoint.tmp")  # one name: what a killed run left is overwritten by the next
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with HashingWriter(self.open(temporary_name(path))) as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            manifest = Manifest(checkpoint.get("global_step", 0), {path.name: file.sum()}, checkpoint.get("wandb_run_id"))
+            publish(path, manifest)
         except (OSError, RuntimeError) as error:
             reason = error if isinstance(error, OSError) else error.__context__  # torch's writer hides what the disk said
             if not isinstance(reason, OSError):
                 raise
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise ValueError(cannot_write(path, reason)) from error
+            discard(path)
+            raise CannotSaveError(cannot_write(path, reason)) from error
+
+    def open(self, path: Path) -> io.RawIOBase:
+        """The file that a checkpoint is written to, unbuffered."""
+        return path.open("wb", buffering=0)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint to the CPU, without running code from it.
@@ -132,105 +175,7 @@ class CheckpointFile(TorchCheckpointIO):
         """
         return read_checkpoint(path)
 
-
-@dataclass(frozen=True)
-class StepStart:
-    """Where a run stood when the first batch of an optimizer step began.
-
-    A checkpoint that is written before the step is over holds the weights from before it. So it also must hold this place in
-    the data and these random generators: the resumed run takes the step from its beginning.
-    """
-
-    global_step: int
-    rng: dict[str, Tensor]
-    fit_loop: dict[str, Any]
-    datamodule: dict[str, Any] | None
-
-    @classmethod
-    def now(cls, trainer: Trainer) -> "StepStart":
-        """To be called when a batch begins."""
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
-        place = None if datamodule is None else datamodule.state_dict()
-        return cls(trainer.global_step, rng_state(), trainer.fit_loop.state_dict(), place)
-
-    def is_open(self, trainer: Trainer) -> bool:
-        """Whether the weights are still those of the beginning."""
-        return trainer.global_step == self.global_step
-
-    def rewind(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
-        """Sets a checkpoint back to the beginning of the step, if that is not over."""
-        if not self.is_open(trainer):
-            return
-        checkpoint["rng"] = self.rng
-        checkpoint["loops"]["fit_loop"] = self.fit_loop
-        if self.datamodule is not None:
-            name = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]  # Lightning's key
-            checkpoint[name] = self.datamodule
-
-
-def check_processor(now: Processor, files: Mapping[str, bytes], resumes: bool) -> None:
-    """Compares the processor of a run with that of the checkpoint that it goes on from.
-
-    Args:
-        now: The run's.
-        files: The checkpoint's.
-        resumes: Training goes on; otherwise the checkpoint is only looked at, which another prompt may be meant for.
-
-    Raises:
-        ValueError: Training would go on with other examples than it began with.
-    """
-    if now.files() == files or not (changed := differences(now, Processor.from_files(files))):
-        return
-    if resumes:
-        raise ValueError(
-            f"the checkpoint was trained on other examples than this run would make: {'; '.join(changed)}. Set that back, or "
-            "start another run from its weights with model.init_from"
-        )
-    rank_zero_warn(f"the checkpoint was trained on other examples than it is now shown: {'; '.join(changed)}")
-
-
-def rng_state() -> dict[str, Tensor]:
-    """The state of torch's random generators on this process and its device."""
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
-
-
-def set_rng_state(state: Mapping[str, Tensor]) -> None:
-    """Sets torch's random generators to a state that `rng_state` gave."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def add_place(checkpoint: dict[str, Any], trainer: Trainer, step_start: StepStart | None) -> None:
-    """Adds `rng`, the random generators of all processes by rank, which must meet here; and adds up what their data modules say.
-
-    Args:
-        checkpoint: Of this process; the first one writes it for all of them.
-        trainer: Of the run.
-        step_start: Where the step at hand began, which the checkpoint is set back to; None: there is none.
-    """
-    checkpoint["rng"] = rng_state()
-    if step_start is not None:
-        step_start.rewind(checkpoint, trainer)
-    datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
-    name = type(datamodule).__qualname__ if isinstance(datamodule, RowDataModule) else ""
-    states: list[Any] = [(checkpoint["rng"], checkpoint.get(name))] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(states, states[0])
-    checkpoint["rng"] = [rng for rng, _ in states]
-    if name in checkpoint:
-        checkpoint[name] = datamodule.together([place for _, place in states])
-        # Lightning keeps the loader's state too, of the first process alone, and would load it over that of the data module
-        checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
-
-
-def own_rng_state(states: Sequence[Mapping[str, Tensor]], trainer: Trainer) -> Mapping[str, Tensor] | None:
-    """The state of this process out of those of all that wrote a checkpoint; None: there were not as many as now."""
-    if len(states) == trainer.world_size:
-        return states[trainer.global_rank]
-    rank_zero_warn(
-        f"the checkpoint is of {len(states)} process(es) and goes on in {trainer.world_size}: the rows come in the same batches, "
-        "but dropout draws other numbers than it would have"
-    )
-    return None
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes a checkpoint, then its manifest."""
+        super().remove_checkpoint(path)
+        manifest_path(Path(path)).unlink(missing_ok=True)

@@ -12,7 +12,10 @@ from typing import Any, NoReturn
 import lightning.pytorch as L
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.callbacks import ProgressBar
@@ -20,7 +23,9 @@ from lightning_modules.checkpoints import CheckpointFile, RunCheckpoint
 from lightning_modules.cli_errors import explain, reason, show_user_errors
 from lightning_modules.cli_yaml import ConfigFile
 from lightning_modules.commands import Command, Setup
+from lightning_modules.run_folder import CONFIG
 from lightning_modules.samples import SamplePage
+from models.manifest import newest, read_manifest
 
 __all__ = ["OmniLitCLI", "Parser", "explain", "find_checkpoint", "quiet_lightning", "show_user_errors"]
 
@@ -109,8 +114,18 @@ class OmniLitCLI(LightningCLI):
         if config.trainer.enable_progress_bar is not False and not _has_progress_bar(config.trainer.callbacks or []):
             self.trainer_defaults["callbacks"] = [*self.trainer_defaults["callbacks"], ProgressBar()]
         if "ckpt_path" in config:
-            config.ckpt_path = find_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir))
+            self._find_checkpoint(config)
             config.weights_only = True  # a checkpoint is read without running code from it
+
+    def _find_checkpoint(self, config: Namespace) -> None:
+        folder, fits = Path(config.trainer.default_root_dir), self.subcommand == "fit"
+        if fits and config.ckpt_path is None and SLURMEnvironment.detect() and any(folder.glob("hpc_ckpt_*.ckpt")):
+            config.ckpt_path = "last"  # a requeued job: Lightning would take its newest hpc_ckpt, though a later one may be there
+        config.ckpt_path = find_checkpoint(config.ckpt_path, folder, may_begin=fits)
+        if fits and config.ckpt_path and Path(config.ckpt_path).is_relative_to(folder):
+            manifest = read_manifest(Path(config.ckpt_path))
+            if manifest is not None and manifest.wandb_run_id is not None:
+                go_on_in_wandb(config.trainer.logger, manifest.wandb_run_id)
 
     def instantiate_classes(self) -> None:
         """Makes the model, the data module and the trainer; for a command of ours no trainer, and nothing that it would get.
@@ -157,24 +172,49 @@ def _has_progress_bar(callbacks: list[Any]) -> bool:
     return any(isinstance(cls, type) and issubclass(cls, L.callbacks.ProgressBar) for cls in classes)
 
 
-def find_checkpoint(ckpt_path: str | None, run_folder: Path) -> str | None:
-    """The file that `--ckpt_path` means: `last` is the newest in the run folder.
+def find_checkpoint(ckpt_path: str | None, run_folder: Path, may_begin: bool = False) -> str | None:
+    """The checkpoint that `--ckpt_path` means: `last` is the newest whole one in the run folder, and it is said which that is.
+
+    Args:
+        ckpt_path: The option.
+        run_folder: The folder of the run.
+        may_begin: A run that was killed before its first checkpoint begins anew.
 
     Raises:
-        ValueError: There is none; nothing starts from step 0 by mistake.
+        ValueError: There is none, or none is whole; nothing starts from step 0 by mistake.
     """
     if ckpt_path is None:
         return None
     folder = run_folder / "checkpoints"
-    there = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    there = sorted(folder.glob("*.ckpt"))
     listing = ", ".join(path.name for path in there) or "nothing"
     if ckpt_path == "last":
-        if not there:
-            raise ValueError(f"--ckpt_path last: {folder} holds no checkpoint. Start without --ckpt_path, or name the file")
-        return str(there[-1])
+        found = newest([folder, run_folder])
+        if found is not None:
+            left = "".join(f"; left: {reason}" for reason in found.left)
+            (rank_zero_warn if left else rank_zero_info)(f"taking {found.path}, step {found.manifest.step:,}{left}")
+            return str(found.path)
+        if there:
+            raise ValueError(
+                f"--ckpt_path last: none of the checkpoints in {folder} ({listing}) has a manifest, which says what is whole and "
+                "which is the newest. Name one of them"
+            )
+        if may_begin and (run_folder / CONFIG).exists():
+            rank_zero_warn(f"{run_folder} holds a run without a checkpoint: it was ended before its first, and begins anew")
+            return ckpt_path
+        raise ValueError(f"--ckpt_path last: {folder} holds no checkpoint. Start without --ckpt_path, or name the file")
     if not Path(ckpt_path).exists():
         raise ValueError(f"--ckpt_path: there is no {ckpt_path}. {folder} holds {listing}")
     return ckpt_path
+
+
+def go_on_in_wandb(logger: Any, run_id: str) -> None:
+    """Sets the configuration of a W&B logger, if that is one and names no run itself, to the run of a checkpoint."""
+    loggers = logger if isinstance(logger, list) else [logger]
+    for spec in loggers:
+        cls = pydoc.locate(spec.class_path) if isinstance(spec, Namespace) else None
+        if isinstance(cls, type) and issubclass(cls, WandbLogger) and not (spec.init_args.id or spec.init_args.version):
+            spec.init_args.id = run_id
 
 
 def quiet_lightning() -> None:

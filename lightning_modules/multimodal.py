@@ -18,13 +18,13 @@ from datamodules.cache import CacheOptions
 from datamodules.prompt_options import PromptOptions
 from encoders.base import Encoder, Part, Projector
 from lightning_modules.answer_metrics import answer_values, media_gains
-from lightning_modules.checkpoints import StepStart, add_place, check_processor, own_rng_state, set_rng_state
 from lightning_modules.feature_cache import report, share_features
 from lightning_modules.idle_parts import touch_idle_parts
 from lightning_modules.losses import AnswerScores, cross_entropy, score_answers, supervised, supervised_rows
 from lightning_modules.measuring import MeasuringLitModule, Stage
 from lightning_modules.optim import WarmupCosine, parameter_groups
 from lightning_modules.processors import make_processor
+from lightning_modules.run_state import StepStart, add_place, check_processor, own_rng_state, set_rng_state
 from lightning_modules.step_loss import StepLoss
 from models.checkpoint import check_options, fingerprints, load_saved, saved_names, start_from
 from models.fusion import Fusion
@@ -97,7 +97,7 @@ class MultiModalLitModule(MeasuringLitModule):
         self.init_from = init_from
         self.strict_loading = False  # load_state_dict below is stricter: exactly what a checkpoint must hold
         self._warm_started: set[str] = set()
-        self._rng: Mapping[str, Tensor] | None = None
+        self._rng: Mapping[str, Any] | None = None
         self._fingerprints: dict[str, str] = {}
         self._fingerprinted: set[str] | None = None
         self._step_start: StepStart | None = None

@@ -11,10 +11,13 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 if TYPE_CHECKING:
     from lightning_modules.multimodal import MultiModalLitModule
+
+
+CONFIG = "config.yaml"
+"""The resolved configuration of a run, in its folder."""
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -67,9 +70,8 @@ class RunFolder(SaveConfigCallback):
             return
         folder = run_folder(trainer)
         present = _present(folder, self.config_filename) if trainer.is_global_zero else []
-        requeued = SLURMEnvironment.detect() and any(folder.glob("hpc_ckpt_*.ckpt"))  # Lightning resumes these by itself
         refusal = ""
-        if present and not (self._asked_to_resume(trainer) or requeued):
+        if present and not self._asked_to_resume(trainer):
             resume = "go on with the run that is there with --ckpt_path last, " if _checkpoints(folder) else ""
             refusal = (
                 f"{folder} already holds a run ({', '.join(present)}), and this fit does not resume it. Give another folder "
@@ -136,7 +138,7 @@ class RunFolder(SaveConfigCallback):
             folder.mkdir(parents=True, exist_ok=True)
             if resumed:
                 newest = max(_numbered(first), key=_number)
-                if _without_ckpt_path(newest.read_text(encoding="utf-8")) != _without_ckpt_path(text):
+                if _without_place(newest.read_text(encoding="utf-8")) != _without_place(text):
                     write_text(first.with_stem(f"{first.stem}-{_number(newest) + 1}"), text)
             elif self.multifile:
                 self.parser.save(self.config, str(first), skip_none=False, overwrite=self.overwrite, multifile=True)
@@ -190,7 +192,12 @@ def _numbered(first: Path) -> list[Path]:
     return [first, *(path for path in first.parent.iterdir() if pattern.fullmatch(path.name))]
 
 
-def _without_ckpt_path(text: str) -> dict[str, Any]:
+def _without_place(text: str) -> dict[str, Any]:
+    """A configuration without what says only where a resumed run goes on: the checkpoint, and the W&B run."""
     config = yaml.safe_load(text)
     config.pop("ckpt_path", None)
+    logger = config.get("trainer", {}).get("logger")
+    for spec in logger if isinstance(logger, list) else [logger]:
+        if isinstance(spec, dict):
+            spec.get("init_args", {}).pop("id", None)
     return config

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from models.manifest import fault, manifest_path
+
 if TYPE_CHECKING:
     from models.multimodal import MultiModalModel
 
@@ -79,6 +81,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         there = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         found = f"that folder has {', '.join(there)}" if there else "there is no checkpoint in that folder"
         raise ValueError(f"there is no checkpoint {path}; {found}")
+    if problem := fault(path):
+        raise ValueError(
+            f"{path} is not what its manifest {manifest_path(path).name} says: {problem}. Take another checkpoint of the run, or "
+            "delete the manifest if the file was exchanged on purpose"
+        )
     try:
         damaged = _damaged_entry(path)
         checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)

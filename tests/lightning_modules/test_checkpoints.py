@@ -20,6 +20,7 @@ from lightning_modules.checkpoints import CheckpointFile, RunCheckpoint
 from lightning_modules.multimodal import MultiModalLitModule, Stage
 from lightning_modules.samples import SamplePage
 from models.language import Generation, LanguageModel
+from models.manifest import fault, sweep
 from models.multimodal import MultiModalModel
 from tests.lightning_modules.run_fakes import batches, make_data, make_trainer, weights, write_rows
 
@@ -260,6 +261,15 @@ class TestStopping:
             trainer.fit(module, make_data(module, rows))
 
 
+def whole_files(folder: Path) -> list[str]:
+    """The checkpoints of a folder, which holds nothing else but their manifests."""
+    names = sorted(file.name for file in folder.iterdir())
+    checkpoints = [name for name in names if name.endswith(".ckpt")]
+    assert names == sorted([*checkpoints, *(f"{name}.manifest.json" for name in checkpoints)])
+    assert not any(fault(folder / name) for name in checkpoints)
+    return checkpoints
+
+
 class TestFile:
     def test_a_damaged_one_is_named(self, make: Make, rows: Path, tmp_path: Path) -> None:
         path = fit(make(), tmp_path / "run", rows, max_steps=1)
@@ -267,6 +277,15 @@ class TestFile:
         cut.write_bytes(path.read_bytes()[:-1000])
         with pytest.raises(ValueError, match=r"cut\.ckpt cannot be read as a checkpoint"):
             fit(make(), tmp_path / "other", rows, resume=cut)
+
+    def test_one_that_was_changed_is_named(self, make: Make, rows: Path, tmp_path: Path) -> None:
+        path = fit(make(), tmp_path / "run", rows, max_steps=1)
+        path.write_bytes(path.read_bytes()[:-1000])
+        with pytest.raises(ValueError, match=r"last\.ckpt is not what its manifest .*\.json says: it has .* bytes"):
+            fit(make(), tmp_path / "run", rows, resume=path)
+        path.with_name("last.ckpt.manifest.json").unlink()
+        with pytest.raises(ValueError, match=r"last\.ckpt cannot be read as a checkpoint"):
+            fit(make(), tmp_path / "run", rows, resume=path)
 
     def test_a_folder_that_cannot_be_written_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("in the way")
@@ -285,7 +304,7 @@ class TestFile:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert path.read_bytes() == before
-        assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+        assert whole_files(tmp_path) == ["last.ckpt"]
 
     def test_a_kill_while_it_is_written_leaves_the_last_one(self, tmp_path: Path) -> None:
         path = tmp_path / "last.ckpt"
@@ -300,8 +319,8 @@ class TestFile:
             os._exit(0)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGXFSZ
         assert path.read_bytes() == before
-        CheckpointFile().save_checkpoint({"a": torch.ones(9)}, path)
-        assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+        sweep(tmp_path)
+        assert path.read_bytes() == before and whole_files(tmp_path) == ["last.ckpt"]
 
 
 def test_looking_at_a_run_does_not_change_it(make: Make, rows: Path, tmp_path: Path) -> None:

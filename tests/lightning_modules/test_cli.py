@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+from jsonargparse import Namespace
 
-from lightning_modules.cli import find_checkpoint
+from lightning_modules.checkpoints import CheckpointFile
+from lightning_modules.cli import find_checkpoint, go_on_in_wandb
 from train import main
 
 TINY = ["--config", "configs/sft/tiny.yaml", "--trainer.enable_progress_bar=false", "--trainer.num_sanity_val_steps=0"]
@@ -30,16 +32,38 @@ def test_what_a_constructor_refuses_is_said_alone(arguments: list[str], expected
 class TestFindCheckpoint:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
-        (tmp_path / "checkpoints").mkdir()
-        for age, name in enumerate(["last.ckpt", "last-v1.ckpt", "epoch=1-step=8.ckpt"]):
-            path = tmp_path / "checkpoints" / name
-            path.write_text(name)
-            os.utime(path, (1000 - age, 1000 - age))
-        os.utime(tmp_path / "checkpoints/last-v1.ckpt", (2000, 2000))
+        for step, name in [(8, "epoch=1-step=8.ckpt"), (3, "last.ckpt"), (5, "last-v1.ckpt")]:  # as written, one after the other
+            CheckpointFile().save_checkpoint({"global_step": step}, tmp_path / "checkpoints" / name)
         return tmp_path
 
-    def test_last_is_the_newest(self, folder: Path) -> None:
+    def test_last_is_the_one_that_was_written_last(self, folder: Path, recwarn: pytest.WarningsRecorder) -> None:
+        """Neither its name nor its step says so: a run that was taken up again from an earlier one has a lower step."""
+        for age, path in enumerate((folder / "checkpoints").glob("*.ckpt")):
+            os.utime(path, (1000 - age, 1000 - age))
         assert find_checkpoint("last", folder) == str(folder / "checkpoints/last-v1.ckpt")
+        assert not recwarn.list
+
+    def test_one_of_a_requeued_job_counts_too(self, folder: Path) -> None:
+        CheckpointFile().save_checkpoint({"global_step": 9}, folder / "hpc_ckpt_1.ckpt")
+        assert find_checkpoint("last", folder) == str(folder / "hpc_ckpt_1.ckpt")
+
+    def test_one_that_is_not_whole_is_left_and_named(self, folder: Path) -> None:
+        cut, flipped = folder / "checkpoints/last-v1.ckpt", folder / "checkpoints/last.ckpt"
+        cut.write_bytes(cut.read_bytes()[:-7])
+        flip_a_bit(flipped)
+        with pytest.warns(
+            UserWarning, match=r"step=8\.ckpt, step 8; left: last-v1\.ckpt: .* bytes; left: last\.ckpt: its SHA-256"
+        ):
+            assert find_checkpoint("last", folder) == str(folder / "checkpoints/epoch=1-step=8.ckpt")
+        flip_a_bit(folder / "checkpoints/epoch=1-step=8.ckpt")
+        with pytest.raises(ValueError, match=r"no checkpoint is whole \(.*last-v1\.ckpt: .*; .*step=8\.ckpt: its SHA"):
+            find_checkpoint("last", folder, may_begin=True)
+
+    def test_without_manifests_one_must_be_named(self, folder: Path) -> None:
+        for path in (folder / "checkpoints").glob("*.json"):
+            path.unlink()
+        with pytest.raises(ValueError, match=r"none of the checkpoints .*last\.ckpt.* has a manifest.*Name one"):
+            find_checkpoint("last", folder, may_begin=True)
 
     def test_a_file_is_itself(self, folder: Path) -> None:
         path = str(folder / "checkpoints/epoch=1-step=8.ckpt")
@@ -47,10 +71,34 @@ class TestFindCheckpoint:
         assert find_checkpoint(None, folder) is None
 
     def test_what_is_not_there_is_refused(self, folder: Path) -> None:
-        with pytest.raises(ValueError, match=r"there is no x\.ckpt.*holds epoch=1-step=8\.ckpt, last\.ckpt, last-v1\.ckpt"):
+        with pytest.raises(ValueError, match=r"there is no x\.ckpt.*holds epoch=1-step=8\.ckpt, last-v1\.ckpt, last\.ckpt"):
             find_checkpoint("x.ckpt", folder)
         with pytest.raises(ValueError, match="holds no checkpoint"):
-            find_checkpoint("last", folder / "elsewhere")
+            find_checkpoint("last", folder / "elsewhere", may_begin=True)
+
+    def test_a_run_that_was_killed_before_its_first_begins_anew(self, tmp_path: Path) -> None:
+        (tmp_path / "config.yaml").write_text("model: {}\n")
+        with pytest.raises(ValueError, match="holds no checkpoint"):
+            find_checkpoint("last", tmp_path)
+        with pytest.warns(UserWarning, match="ended before its first, and begins anew"):
+            assert find_checkpoint("last", tmp_path, may_begin=True) == "last"
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run() -> None:
+    csv, wandb, named = (
+        Namespace(class_path=f"lightning.pytorch.loggers.{name}", init_args=Namespace(id=run_id, version=None))
+        for name, run_id in (("CSVLogger", None), ("WandbLogger", None), ("WandbLogger", "mine"))
+    )
+    go_on_in_wandb([csv, wandb, named], "abc")
+    assert [spec.init_args.id for spec in (csv, wandb, named)] == [None, "abc", "mine"]
+    for nothing in (False, None, True):
+        go_on_in_wandb(nothing, "abc")
 
 
 def test_an_abbreviation_is_no_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,126 @@
+"""What a run needs to go on as if it had not stopped: its place in the data, and its random generators."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from datamodules.fingerprint import differences
+from datamodules.loading import RowDataModule
+from datamodules.processor import Processor
+
+
+@dataclass(frozen=True)
+class StepStart:
+    """Where a run stood when the first batch of an optimizer step began.
+
+    A checkpoint that is written before the step is over holds the weights from before it. So it also must hold this place in
+    the data and these random generators: the resumed run takes the step from its beginning.
+    """
+
+    global_step: int
+    rng: dict[str, Any]
+    fit_loop: dict[str, Any]
+    datamodule: dict[str, Any] | None
+
+    @classmethod
+    def now(cls, trainer: Trainer) -> "StepStart":
+        """To be called when a batch begins."""
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
+        place = None if datamodule is None else datamodule.state_dict()
+        return cls(trainer.global_step, rng_state(), trainer.fit_loop.state_dict(), place)
+
+    def is_open(self, trainer: Trainer) -> bool:
+        """Whether the weights are still those of the beginning."""
+        return trainer.global_step == self.global_step
+
+    def rewind(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
+        """Sets a checkpoint back to the beginning of the step, if that is not over."""
+        if not self.is_open(trainer):
+            return
+        checkpoint["rng"] = self.rng
+        checkpoint["loops"]["fit_loop"] = self.fit_loop
+        if self.datamodule is not None:
+            name = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]  # Lightning's key
+            checkpoint[name] = self.datamodule
+
+
+def check_processor(now: Processor, files: Mapping[str, bytes], resumes: bool) -> None:
+    """Compares the processor of a run with that of the checkpoint that it goes on from.
+
+    Args:
+        now: The run's.
+        files: The checkpoint's.
+        resumes: Training goes on; otherwise the checkpoint is only looked at, which another prompt may be meant for.
+
+    Raises:
+        ValueError: Training would go on with other examples than it began with.
+    """
+    if now.files() == files or not (changed := differences(now, Processor.from_files(files))):
+        return
+    if resumes:
+        raise ValueError(
+            f"the checkpoint was trained on other examples than this run would make: {'; '.join(changed)}. Set that back, or "
+            "start another run from its weights with model.init_from"
+        )
+    rank_zero_warn(f"the checkpoint was trained on other examples than it is now shown: {'; '.join(changed)}")
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of the random generators of this process and its device: torch's, Python's and NumPy's."""
+    numpy: Any = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()  # a checkpoint holds nothing but tensors and plain Python
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy, **cuda}
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Sets the random generators to a state that `rng_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def add_place(checkpoint: dict[str, Any], trainer: Trainer, step_start: StepStart | None) -> None:
+    """Adds `rng`, the random generators of all processes by rank, which must meet here, and `wandb_run_id`; and adds up what
+    their data modules say.
+
+    Args:
+        checkpoint: Of this process; the first one writes it for all of them.
+        trainer: Of the run.
+        step_start: Where the step at hand began, which the checkpoint is set back to; None: there is none.
+    """
+    checkpoint["rng"] = rng_state()
+    runs = [logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+    checkpoint["wandb_run_id"] = runs[0] if runs else None
+    if step_start is not None:
+        step_start.rewind(checkpoint, trainer)
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
+    name = type(datamodule).__qualname__ if isinstance(datamodule, RowDataModule) else ""
+    states: list[Any] = [(checkpoint["rng"], checkpoint.get(name))] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(states, states[0])
+    checkpoint["rng"] = [rng for rng, _ in states]
+    if name in checkpoint:
+        checkpoint[name] = datamodule.together([place for _, place in states])
+        # Lightning keeps the loader's state too, of the first process alone, and would load it over that of the data module
+        checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+
+
+def own_rng_state(states: Sequence[Mapping[str, Any]], trainer: Trainer) -> Mapping[str, Any] | None:
+    """The state of this process out of those of all that wrote a checkpoint; None: there were not as many as now."""
+    if len(states) == trainer.world_size:
+        return states[trainer.global_rank]
+    rank_zero_warn(
+        f"the checkpoint is of {len(states)} process(es) and goes on in {trainer.world_size}: the rows come in the same batches, "
+        "but dropout draws other numbers than it would have"
+    )
+    return None

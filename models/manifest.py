@@ -1,0 +1,225 @@
+"""What stands beside each checkpoint: sizes and hashes of its files, so that one that is cut off or changed is never taken.
+
+A checkpoint is a file or a folder of files (shards). It is written under a temporary name; then its manifest is, too; then both
+are renamed, the manifest last. A kill between the two leaves a new checkpoint beside an old manifest and the temporary name of
+its own, and either of the two may say that it is whole.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SUFFIX = ".manifest.json"
+
+
+class FileSum(NamedTuple):
+    """Size and SHA-256 of a file."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is.
+
+    Args:
+        step: Optimizer steps that it holds.
+        files: Its files, by their path in the folder in which the checkpoint lies.
+        wandb_run_id: The W&B run that it belongs to; None: there is none.
+        written_ns: When, in nanoseconds of the epoch.
+    """
+
+    step: int
+    files: dict[str, FileSum]
+    wandb_run_id: str | None = None
+    written_ns: int = field(default_factory=time.time_ns)
+
+
+class Newest(NamedTuple):
+    """The newest whole checkpoint, and which newer ones were left, and why, in words."""
+
+    path: Path
+    manifest: Manifest
+    left: list[str]
+
+
+class HashingWriter(io.BufferedWriter):
+    """A buffered file that adds up what is written to it."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        super().__init__(raw)
+        self._hash = hashlib.sha256()
+        self._num_bytes = 0
+
+    def write(self, data: Any) -> int:
+        """Writes, and adds up."""
+        self._hash.update(data)
+        self._num_bytes += len(data)
+        return super().write(data)
+
+    def sum(self) -> FileSum:
+        """Of all that was written so far."""
+        return FileSum(self._num_bytes, self._hash.hexdigest())
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a checkpoint or a manifest is written before it gets its name."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def manifest_path(path: Path) -> Path:
+    """Where the manifest of a checkpoint is."""
+    return path.with_name(path.name + SUFFIX)
+
+
+def file_sums(path: Path, name: str) -> dict[str, FileSum]:
+    """Sizes and hashes of a file, or of all files of a folder, as a manifest has them.
+
+    Args:
+        path: The file or folder.
+        name: What it is called in the manifest.
+    """
+    if path.is_dir():
+        inside = sorted(file for file in path.rglob("*") if file.is_file())
+        return {f"{name}/{file.relative_to(path).as_posix()}": _file_sum(file) for file in inside}
+    return {name: _file_sum(path)}
+
+
+def publish(path: Path, manifest: Manifest) -> None:
+    """Gives a checkpoint that was written and fsynced under its temporary name its own, with its manifest.
+
+    Raises:
+        OSError: The disk fails. What stood there before, if anything, stands there still, or the new one does.
+    """
+    temporary, described = temporary_name(path), manifest_path(path)
+    with temporary_name(described).open("w", encoding="utf-8") as file:
+        files = {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in manifest.files.items()}
+        json.dump({**asdict(manifest), "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.is_dir():  # a folder with something in it cannot be replaced
+        path.replace(_aside(path))
+    temporary.replace(path)
+    temporary_name(described).replace(described)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    shutil.rmtree(_aside(path), ignore_errors=True)
+
+
+def discard(path: Path) -> None:
+    """Takes away what was written for a checkpoint that could not be finished."""
+    temporary = temporary_name(path)
+    if temporary.exists():  # or it has its name already, and needs the manifest that may not have its own yet
+        with contextlib.suppress(OSError):
+            temporary_name(manifest_path(path)).unlink(missing_ok=True)
+            _remove(temporary)
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest that fits a checkpoint; None: it has none, or its files are not what any says."""
+    return next((manifest for manifest in _manifests(path) if not _difference(path, manifest)), None)
+
+
+def fault(path: Path) -> str:
+    """What is wrong with the files of a checkpoint, in words; empty where its manifest fits, or it has none."""
+    differences = [_difference(path, manifest) for manifest in _manifests(path)]
+    return "" if "" in differences or not differences else differences[0]
+
+
+def newest(folders: Iterable[Path]) -> Newest | None:
+    """The checkpoint of those in some folders that was written last and is whole; None: none is.
+
+    Raises:
+        ValueError: There are manifests, and none of their checkpoints is whole.
+    """
+    found: list[tuple[int, int, Path]] = []
+    for folder in folders:
+        for old in folder.glob(".*.ckpt.old"):  # killed between the renaming of an old folder and that of a new one
+            with contextlib.suppress(OSError):  # also where another process does the same
+                old.rename(folder / old.name[1 : -len(".old")])
+        for file in {*folder.glob(f"*{SUFFIX}"), *folder.glob(f".*{SUFFIX}.tmp")}:
+            path = folder / file.name.removeprefix(".").removesuffix(".tmp").removesuffix(SUFFIX)
+            found += [(manifest.written_ns, manifest.step, path) for manifest in _manifests(path) if path.exists()]
+    left: dict[Path, str] = {}
+    for *_, path in sorted(found, reverse=True):
+        if path in left:
+            continue
+        if not (problem := fault(path)) and (manifest := read_manifest(path)) is not None:
+            return Newest(path, manifest, [f"{path.name}: {why}" for path, why in left.items()])
+        left[path] = problem
+    if left:
+        named = "; ".join(f"{path}: {why}" for path, why in left.items())
+        raise ValueError(f"no checkpoint is whole ({named}). Start anew in another folder, or bring one back from a copy")
+    return None
+
+
+def sweep(folder: Path) -> None:
+    """Takes away what a run that was killed while it saved has left in a folder: names that `publish` gives, and no others."""
+    for file in folder.glob(f".*{SUFFIX}.tmp"):
+        path = folder / file.name[1 : -len(f"{SUFFIX}.tmp")]
+        manifest = _read(file)
+        if manifest is not None and path.exists() and not _difference(path, manifest):
+            file.replace(manifest_path(path))
+        else:
+            file.unlink(missing_ok=True)
+    for leftover in (*folder.glob(".*.ckpt.tmp"), *folder.glob(".*.ckpt.old")):
+        _remove(leftover)
+    for file in folder.glob(f"*{SUFFIX}"):
+        if not (folder / file.name.removesuffix(SUFFIX)).exists():
+            file.unlink(missing_ok=True)
+
+
+def _manifests(path: Path) -> list[Manifest]:
+    files = (manifest_path(path), temporary_name(manifest_path(path)))
+    return [manifest for file in files if (manifest := _read(file)) is not None]
+
+
+def _read(file: Path) -> Manifest | None:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        files = {name: FileSum(sums["bytes"], sums["sha256"]) for name, sums in told["files"].items()}
+        return Manifest(told["step"], files, told["wandb_run_id"], told["written_ns"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or one whose writer was killed in it
+        return None
+
+
+def _difference(path: Path, manifest: Manifest) -> str:
+    for name, expected in manifest.files.items():
+        file = path.parent / name
+        what = "it" if file == path else name
+        if not file.is_file():
+            return f"{what} is missing"
+        if (size := file.stat().st_size) != expected.num_bytes:
+            return f"{what} has {size:,} of {expected.num_bytes:,} bytes"
+        if _file_sum(file).sha256 != expected.sha256:
+            return "its SHA-256 differs" if file == path else f"the SHA-256 of {name} differs"
+    return ""
+
+
+def _file_sum(file: Path) -> FileSum:
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256")
+    return FileSum(file.stat().st_size, digest.hexdigest())
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
