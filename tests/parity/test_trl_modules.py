@@ -5,7 +5,9 @@ The weights are the same, with the same LoRA; loss and the gradients of all adap
 Shape suffixes: A answers, T tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ pytest.importorskip("trl", reason="TRL is not installed: pip install -r requirem
 pytestmark = pytest.mark.slow
 
 from datasets import Dataset
+from model_cases import llava_with_rewards
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -60,8 +63,9 @@ class Compared:
         self.batch = data.collate(examples(data))
         self.sides = [side for example in examples(data) for side in example.answers]
 
-    def theirs(self, make: type, config: Any, model: nn.Module, rows: dict[str, list], llm: Path, layers: str) -> Any:
-        """A trainer of TRL; `layers` is the name of the language model's layers in its model."""
+    def theirs(self, make: type, config: Any, model: nn.Module, rows: dict[str, list], llm: Path) -> Any:
+        """A trainer of TRL around a model of transformers."""
+        layers = "language_model" if "image" in self.batch else "layers"
         lora = LORA.lora
         adapters = LoraConfig(r=lora.r, lora_alpha=int(lora.alpha), target_modules=rf".*{layers}.*(q_proj|v_proj)")
         trainer = make(
@@ -120,18 +124,32 @@ def with_role(compared: Compared, *roles: str) -> list[Example]:
     return [side for role, side in compared.sides if role in roles]
 
 
-def text_rows(folder: Path) -> Path:
-    return write_pairs(folder / "rows.jsonl", 4, pictures=False)
+def pixels(sides: list[Example]) -> dict[str, Tensor]:
+    """The pictures of answers, as a model of transformers takes them."""
+    items = [item.media for side in sides for item in side.media.get("image", [])]
+    return {"pixel_values": torch.stack(items)} if items else {}
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "apo_zero"])
-def test_dpo_on_text(loss_type: Any, tiny_llm: Path, tmp_path: Path) -> None:
-    compared = Compared(make_module(DPOLitModule, tiny_llm, None, loss_type=loss_type, beta=0.3), text_rows(tmp_path))
-    config = DPOConfig(**settings(tmp_path), beta=0.3, loss_type=[loss_type])
-    model = AutoModelForCausalLM.from_pretrained(tiny_llm)
-    trainer = compared.theirs(DPOTrainer, config, model, PAIRS, tiny_llm, "layers")
-    batch = stacked([*with_role(compared, "chosen"), *with_role(compared, "rejected")])
-    compared.assert_same(trainer, trainer._compute_loss(trainer.model, batch, False))
+@pytest.fixture(params=[None, "clip"], ids=["text", "pictures"])
+def clip(request: pytest.FixtureRequest, model_folder: Callable[[str], Path]) -> Path | None:
+    """The vision tower of the module; None: its rows have no pictures."""
+    return None if request.param is None else model_folder(request.param)
+
+
+@pytest.fixture
+def compare(clip: Path | None, tiny_llm: Path, tmp_path: Path) -> Callable[..., Compared]:
+    """`compare(kind, **options)`: a module with four pairs."""
+
+    def make(kind: type[PreferenceLitModule], **options: Any) -> Compared:
+        rows = write_pairs(tmp_path / "rows.jsonl", 4, pictures=clip is not None)
+        return Compared(make_module(kind, tiny_llm, clip, **options), rows)
+
+    return make
+
+
+def their_model(module: PreferenceLitModule, llm: Path, clip: Path | None) -> nn.Module:
+    """A model of transformers with the weights of our parts."""
+    return AutoModelForCausalLM.from_pretrained(llm) if clip is None else llava_of(module, llm, clip)
 
 
 def llava_of(module: PreferenceLitModule, llm: Path, clip: Path) -> LlavaForConditionalGeneration:
@@ -152,24 +170,23 @@ def llava_of(module: PreferenceLitModule, llm: Path, clip: Path) -> LlavaForCond
     return model
 
 
-def test_dpo_on_pictures(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
-    compared = Compared(make_module(DPOLitModule, tiny_llm, tiny_clip, beta=0.3), write_pairs(tmp_path / "rows.jsonl", 4))
-    model = llava_of(compared.module, tiny_llm, tiny_clip)
-    trainer = compared.theirs(DPOTrainer, DPOConfig(**settings(tmp_path), beta=0.3), model, PAIRS, tiny_llm, "language_model")
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "apo_zero"])
+def test_dpo(loss_type: Any, compare: Callable[..., Compared], clip: Path | None, tiny_llm: Path, tmp_path: Path) -> None:
+    compared = compare(DPOLitModule, loss_type=loss_type, beta=0.3)
+    config = DPOConfig(**settings(tmp_path), beta=0.3, loss_type=[loss_type])
+    trainer = compared.theirs(DPOTrainer, config, their_model(compared.module, tiny_llm, clip), PAIRS, tiny_llm)
     sides = [*with_role(compared, "chosen"), *with_role(compared, "rejected")]
-    batch = stacked(sides) | {"pixel_values": torch.stack([item.media for side in sides for item in side.media["image"]])}
-    compared.assert_same(trainer, trainer._compute_loss(trainer.model, batch, False))
+    compared.assert_same(trainer, trainer._compute_loss(trainer.model, stacked(sides) | pixels(sides), False))
 
 
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
-def test_kto(loss_type: Any, tiny_llm: Path, tmp_path: Path) -> None:
-    module = make_module(KTOLitModule, tiny_llm, None, loss_type=loss_type, undesirable_weight=1.5)
-    compared = Compared(module, text_rows(tmp_path))
+def test_kto(loss_type: Any, compare: Callable[..., Compared], clip: Path | None, tiny_llm: Path, tmp_path: Path) -> None:
+    compared = compare(KTOLitModule, loss_type=loss_type, undesirable_weight=1.5)
     config = KTOConfig(**settings(tmp_path), loss_type=loss_type, undesirable_weight=1.5)
-    model = AutoModelForCausalLM.from_pretrained(tiny_llm)
-    trainer = compared.theirs(KTOTrainer, config, model, FEEDBACK, tiny_llm, "layers")
+    trainer = compared.theirs(KTOTrainer, config, their_model(compared.module, tiny_llm, clip), FEEDBACK, tiny_llm)
     answers = compared.batch["answers"]
-    batch = stacked(with_role(compared, "desirable", "undesirable"))
+    sides = with_role(compared, "desirable", "undesirable")
+    batch = stacked(sides) | pixels(sides)
     batch["label"] = torch.tensor([role == "desirable" for role, _ in compared.sides])
     if loss_type == "kto":
         mismatched = [_row(compared, number) for number, role in enumerate(answers["roles"]) if role == "mismatched"]
@@ -188,23 +205,23 @@ def _row(compared: Compared, number: int) -> Example:
 
 
 @pytest.mark.parametrize("kind", [CPOLitModule, SimPOLitModule])
-def test_without_a_reference(kind: type[PreferenceLitModule], tiny_llm: Path, tmp_path: Path) -> None:
+def test_without_a_reference(
+    kind: type[PreferenceLitModule], compare: Callable[..., Compared], clip: Path | None, tiny_llm: Path, tmp_path: Path
+) -> None:
     options: dict[str, Any] = {"beta": 2.0, "gamma": 0.7} if kind is SimPOLitModule else {"beta": 0.2, "nll_weight": 0.5}
-    compared = Compared(make_module(kind, tiny_llm, None, **options), text_rows(tmp_path))
+    compared = compare(kind, **options)
     own = (
         {"loss_type": "simpo", "simpo_gamma": 0.7, "cpo_alpha": 0.0}
         if kind is SimPOLitModule
         else {"loss_type": "sigmoid", "cpo_alpha": 0.5}
     )
     config = CPOConfig(**settings(tmp_path), beta=options["beta"], **own)
-    model = AutoModelForCausalLM.from_pretrained(tiny_llm)
-    trainer = compared.theirs(CPOTrainer, config, model, PAIRS, tiny_llm, "layers")
-    batch = {
-        f"{role}_{name}": values
-        for role in ("chosen", "rejected")
-        for name, values in stacked(with_role(compared, role), "labels").items()
-    }
-    loss, _ = trainer.get_batch_loss_metrics(trainer.model, batch)
+    trainer = compared.theirs(CPOTrainer, config, their_model(compared.module, tiny_llm, clip), PAIRS, tiny_llm)
+    sides = {role: with_role(compared, role) for role in ("chosen", "rejected")}
+    batch = {f"{role}_{name}": x for role, own in sides.items() for name, x in stacked(own, "labels").items()}
+    # TRL's hands no pictures on: the model that it is given has them already
+    model = partial(trainer.model, **pixels([*sides["chosen"], *sides["rejected"]]))
+    loss, _ = trainer.get_batch_loss_metrics(model, batch)
     compared.assert_same(trainer, loss)
 
 
@@ -214,18 +231,24 @@ def _to_its_end(side: Example) -> Example:
     return replace(side, tokens=side.tokens[:end], labels=side.labels[:end])
 
 
-def test_reward_model(tiny_llm: Path, tmp_path: Path) -> None:
-    compared = Compared(make_module(RewardLitModule, tiny_llm, None, centering=0.1), text_rows(tmp_path))
-    model = LlamaForSequenceClassification.from_pretrained(tiny_llm, num_labels=1)
+def test_reward_model(compare: Callable[..., Compared], clip: Path | None, tiny_llm: Path, tmp_path: Path) -> None:
+    compared = compare(RewardLitModule, centering=0.1)
+    if clip is None:
+        model = LlamaForSequenceClassification.from_pretrained(tiny_llm, num_labels=1)
+    else:
+        llava = llava_of(compared.module, tiny_llm, clip)
+        llava.config.num_labels = 1
+        model = llava_with_rewards(llava.config)
+        model.model.load_state_dict(llava.model.state_dict())
     config = RewardConfig(**settings(tmp_path), center_rewards_coefficient=0.1)
     rows = {name: PAIRS[name] for name in ("chosen", "rejected")}
-    trainer = compared.theirs(RewardTrainer, config, model, rows, tiny_llm, "layers")
-    trainer.model.config.pad_token_id = 0  # with which `stacked` pads
+    trainer = compared.theirs(RewardTrainer, config, model, rows, tiny_llm)
+    trainer.model.config.get_text_config().pad_token_id = 0  # with which `stacked` pads
+    head, own = trainer.model.get_submodule("base_model.model.score").weight, compared.module.reward_head.score.weight
     with torch.no_grad():
-        for name, weight in trainer.model.named_parameters():
-            if "score" in name and name.endswith("weight"):
-                weight.copy_(compared.module.reward_head.score.weight)
-    batch = stacked([_to_its_end(side) for role in ("chosen", "rejected") for side in with_role(compared, role)])
-    compared.assert_same(
-        trainer, trainer.compute_loss(trainer.model, {name: batch[name] for name in ("input_ids", "attention_mask")})
-    )
+        head.copy_(own)
+    head.requires_grad_()
+    sides = [_to_its_end(side) for role in ("chosen", "rejected") for side in with_role(compared, role)]
+    batch = {name: x for name, x in stacked(sides).items() if name != "completion_mask"} | pixels(sides)
+    compared.assert_same(trainer, trainer.compute_loss(trainer.model, batch))
+    torch.testing.assert_close(own.grad, head.grad, **TOLERANCE)
