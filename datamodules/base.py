@@ -5,12 +5,12 @@ from typing import Any
 
 from datamodules.augment import Augment
 from datamodules.batch import Modality
-from datamodules.loading import RowDataModule
+from datamodules.judged import JudgedDataModule
 from datamodules.media import MediaLimits
 from datamodules.source import Source
 
 
-class MultiModalDataModule(RowDataModule):
+class MultiModalDataModule(JudgedDataModule):
     """Loaders over JSONL files, one a split.
 
     Args:

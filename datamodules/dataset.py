@@ -1,8 +1,6 @@
 """Rows of a JSONL file as examples: media found, decoded, augmented and put through the model's processor."""
 
-import contextlib
 import logging
-import random
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from datamodules.cache_keys import media_settings
 from datamodules.cached_media import CachedMedia
 from datamodules.content import Media
 from datamodules.conversation import Sample, parse_row
+from datamodules.corrupted import corrupt_medium
 from datamodules.jsonl import JsonlFile
 from datamodules.judge import Judge
 from datamodules.media import Decoded, MediaLimits, decode, media_key, probe
@@ -34,9 +33,6 @@ from datamodules.sources import MediaError, MediaRoot
 log = logging.getLogger(__name__)
 
 Taken = TypeVar("Taken")
-
-_TRIES = 20
-"""Rows that are drawn in search of another medium."""
 
 
 class MultiModalDataset(RowDataset):
@@ -175,7 +171,16 @@ class MultiModalDataset(RowDataset):
         return row_size(self, row)
 
     def decode(self, sample: Sample, key: RowKey | None = None) -> dict[Modality, list[tuple[str, Decoded]]]:
-        return self._each_medium(sample, lambda medium, place: self._decode(medium, sample, key, place))
+        return self._each_medium(sample, lambda medium, place: self.decode_medium(medium, sample, key, place))
+
+    def decode_corrupted(self, sample: Sample, key: RowKey) -> dict[Modality, list[tuple[str, Decoded]]]:
+        """As `decode`, and then corrupted as the objective wants it."""
+
+        def corrupt(medium: Media, place: int) -> tuple[str, Decoded]:
+            found = self.decode_medium(medium, sample, key, place)
+            return corrupt_medium(self, medium, found, sample, key.row, place)
+
+        return self._each_medium(sample, corrupt)
 
     def _each_medium(self, sample: Sample, take: Callable[[Media, int], Taken]) -> dict[Modality, list[Taken]]:
         """What `take` makes of each medium of a sample and its place, by modality; the model must take such media."""
@@ -187,7 +192,8 @@ class MultiModalDataset(RowDataset):
             if media
         }
 
-    def _decode(self, medium: Media, sample: Sample, key: RowKey | None, place: int) -> tuple[str, Decoded]:
+    def decode_medium(self, medium: Media, sample: Sample, key: RowKey | None = None, place: int = 0) -> tuple[str, Decoded]:
+        """One medium of a sample, by its place among those of its modality; see `decode`."""
         augment = self.augment.get(medium.modality)
         generator = None if augment is None or key is None else rng(self.seed, key.epoch, self.rows[key.row], place)
         transform = self.processor.encoders[medium.modality].transform
@@ -231,11 +237,11 @@ class MultiModalDataset(RowDataset):
     def _look_up(self, medium: Media, sample: Sample, key: RowKey, place: int) -> tuple[str, Decoded | Prepared]:
         """A medium with a key of its content, from the caches if it may come from there."""
         if self.cached is None or medium.modality not in self.cached.settings:
-            return self._decode(medium, sample, key, place)
+            return self.decode_medium(medium, sample, key, place)
         encoder = self.processor.encoders[medium.modality]
         try:
             content = media_key(medium, self.media_root, encoder.transform)
-            return content, self.cached.prepare(medium, encoder, lambda medium: self._decode(medium, sample, key, place)[1])
+            return content, self.cached.prepare(medium, encoder, lambda medium: self.decode_medium(medium, sample, key, place)[1])
         except MediaError as error:
             raise RowError(sample.origin, str(error)) from error
 
@@ -265,14 +271,9 @@ class MultiModalDataset(RowDataset):
         def corrupt(medium: Media, place: int) -> tuple[str, Decoded | Prepared]:
             content, found = taken[medium.modality, place]
             if isinstance(found, Prepared):  # its pixels were not looked at
-                found = self._decode(medium, candidates.sample, key, place)[1]
-            row, corruption = self.rows[key.row], self.answer_form.corruption
-            generator = rng(self.seed, 0, row, place, stage=2)
-            if medium.modality == "image" and corruption.image == "other":
-                wrong = self._other(medium, candidates.sample, generator)
-            else:
-                wrong = corruption(found, generator)
-            return f"{content}~{self.name}.{self.seed}.{row}.{place}", self._transformed(wrong, medium.modality, key, place)
+                found = self.decode_medium(medium, candidates.sample, key, place)[1]
+            content, wrong = corrupt_medium(self, medium, (content, found), candidates.sample, key.row, place)
+            return content, self._transformed(wrong, medium.modality, key, place)
 
         return answer_example(candidates, self.processor, self.answer_form, take, corrupt)
 
@@ -285,15 +286,3 @@ class MultiModalDataset(RowDataset):
         if (augment := self.augment.get(modality)) is not None:
             tensor = augment.change_tensor(tensor, rng(self.seed, key.epoch, self.rows[key.row], place, stage=1))
         return Prepared(tensor, encoder.num_tokens(media_shape(found)))
-
-    def _other(self, medium: Media, sample: Sample, generator: random.Random) -> Decoded:
-        """A medium of the same kind from another row, drawn at random."""
-        for _ in range(_TRIES):
-            row = generator.randrange(len(self))
-            with contextlib.suppress(RowError):  # one of many: its own turn names it
-                others = [other for other in self.sample(row).media(medium.modality) if other != medium]
-                if others:
-                    return self._decode(others[0], sample, None, 0)[1]
-        raise RowError(
-            sample.origin, f"none of {_TRIES} rows drawn at random has another {medium.modality} to corrupt this one with"
-        )

@@ -6,11 +6,11 @@ from typing import Any
 
 from datamodules.augment import Augment
 from datamodules.batch import Modality
-from datamodules.loading import RowDataModule
+from datamodules.judged import JudgedDataModule
 from datamodules.source import SPLITS, Source, source_option
 
 
-class MixtureDataModule(RowDataModule):
+class MixtureDataModule(JudgedDataModule):
     """Mixes the rows of several sources: images, video, sound and text, each with files, folder and prompt of its own.
 
     Batches are cut from one order in which the rows of all sources are mixed, so that a batch may hold rows of any of them.

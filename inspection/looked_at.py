@@ -9,7 +9,7 @@ from torch import Tensor
 from datamodules.answer_rows import AnswerExample
 from datamodules.batch import MODALITIES, Example, Modality, Origin, RowError
 from datamodules.collate import collate
-from datamodules.conversation import Sample
+from datamodules.dataset import MultiModalDataset
 from datamodules.loading import RowDataModule
 from datamodules.media import Decoded
 from datamodules.row_dataset import RowDataset, RowKey
@@ -24,7 +24,7 @@ class Medium:
 
     Args:
         modality: Its kind.
-        name: As the row names it.
+        name: As the row names it, and whether it is corrupted.
         decoded: Decoded and augmented.
         tensor: What its encoder gets; empty of a ready model, whose processor prepares the media of a row together.
         num_tokens: Tokens it takes in the row; 0: it is looked at by cross-attention.
@@ -111,22 +111,29 @@ def look_at(dataset: RowDataset, row: int, epoch: int) -> LookedAt:
 
 
 def _media(dataset: RowDataset, key: RowKey, example: Example) -> Iterator[Medium]:
-    sides = [side for role, side in example.answers if role != "corrupted"] if isinstance(example, AnswerExample) else [example]
-    seen: set[str] = set()
-    for sample, side in zip(_samples(dataset, key.row), sides, strict=True):
-        decoded = dataset.decode(sample, key)
-        for modality in MODALITIES:
-            items = side.media.get(modality, [])
-            for medium, (_, found), item in zip(sample.media(modality), decoded.get(modality, []), items, strict=True):
-                if item.key not in seen:
-                    seen.add(item.key)
-                    yield Medium(modality, ", ".join(medium.files), found, item.media, item.num_tokens)
+    source, row = _source_of(dataset, key.row)
+    key = key._replace(row=row)
+    samples = source.samples(row)
+    decoded = [(sample, source.decode(sample, key), "") for sample in samples]
+    if source.answer_form.corrupt_media:
+        decoded.append((samples[0], source.decode_corrupted(samples[0], key), ", corrupted"))
+    named = {
+        content: (f"{', '.join(medium.files)}{note}", found)
+        for sample, media, note in decoded
+        for modality, items in media.items()
+        for medium, (content, found) in zip(sample.media(modality), items, strict=True)
+    }
+    sides = [side for _, side in example.answers] if isinstance(example, AnswerExample) else [example]
+    media = [(modality, item) for side in sides for modality in MODALITIES for item in side.media.get(modality, [])]
+    for content, (modality, item) in {item.key: (modality, item) for modality, item in media}.items():
+        yield Medium(modality, *named[content], item.media, item.num_tokens)
 
 
-def _samples(dataset: RowDataset, row: int) -> list[Sample]:
+def _source_of(dataset: RowDataset, row: int) -> tuple[MultiModalDataset, int]:
+    """The file of a row, and its number there."""
     for source in dataset.sources:
         if row < len(source):
-            return source.samples(row)
+            return source, row
         row -= len(source)
     raise IndexError(f"there is no row {row}")
 

@@ -3,6 +3,7 @@
 A new recipe needs an entry in `RECIPES`; a new overlay one in `OVERLAYS`, if it brings parts of its own.
 """
 
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -202,11 +203,15 @@ ON_RECIPES = [
     ("demo", "mdpo"),
 ]
 """The others are slow; each objective is an overlay of `image` too."""
+TRAINED_ON = {"tiny": {"image"}, "video": {"video"}, "audio": {"audio"}, "tiny_all": {"image", "video", "audio"}}
+"""What each objective must have been given: so all of them take steps on images, clips and sounds."""
 
 
 @pytest.mark.parametrize(("recipe", "objective"), ON_RECIPES)
 def test_an_objective_trains(recipe: str, objective: str, train: Train) -> None:
-    train([f"sft/{recipe}", f"objective/{objective}"], RECIPES[recipe])
+    folder = train([f"sft/{recipe}", f"objective/{objective}"], RECIPES[recipe])
+    media = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["media"]
+    assert TRAINED_ON.get(recipe, set()) <= {modality for modality, count in media.items() if count}
 
 
 @pytest.mark.slow

@@ -12,9 +12,11 @@ import torch
 from datamodules.answer_form import AnswerForm
 from datamodules.batch import Batch, FilteredRowError
 from datamodules.criteria import CriteriaMode, CriteriaUse, RewardCriterion
+from datamodules.mixture import MixtureDataModule
 from datamodules.preference import PreferenceDataModule
 from datamodules.processor import Processor
 from datamodules.scorers import Response, Scorer
+from datamodules.source import Source
 from datamodules.toxicity import ToxicityScorer
 from tests.datamodules.lightning_fakes import Model, make_trainer
 from tests.datamodules.loader_fakes import make_row, same, write_rows
@@ -287,3 +289,25 @@ def test_a_filtered_row_is_one_that_is_named(rows: Path, row_processor: Processo
     dataset = make(rows, row_processor, "filter").source_dataset("train", "")
     with pytest.raises(FilteredRowError, match=r"rows\.jsonl:2: the chosen answer scores 0\.3"):
         dataset[1]
+
+
+@pytest.mark.parametrize(("mode", "file"), [("filter", "skipped.jsonl"), ("relabel", "changed.jsonl")])
+def test_a_mixture_judges_the_rows_of_all_its_sources(
+    mode: CriteriaMode, file: str, tmp_path: Path, row_processor: Processor
+) -> None:
+    lines = {"web": LINES[:3], "birds": [LINES[1], LINES[0]]}
+    sources = {}
+    for name, own in lines.items():
+        (tmp_path / name).mkdir()
+        sources[name] = Source(train_path=str(write_rows(tmp_path / name / "rows.jsonl", len(own), dict(enumerate(own)))))
+    criteria: dict[str, Any] = {"reward_criteria": [GRADE], "criteria_use": CriteriaUse(mode=mode)}
+    data = MixtureDataModule(sources, batch_size=5, num_workers=0, processor=row_processor, answer_form=PAIRS, **criteria)
+    model = Model()
+    make_trainer(tmp_path, max_epochs=1).fit(model, datamodule=data)
+    named = [json.loads(line) for line in (tmp_path / file).read_text().splitlines()]
+    worse = {("web", 2), ("birds", 1)}
+    assert {(row["source"], row["line"]) for row in named} == worse | ({("web", 3)} if mode == "filter" else set())
+    (batch,) = model.trained
+    grades = batch["answers"]["scores_A"]["grade"].view(-1, 2)
+    assert len(grades) == (2 if mode == "filter" else 5)
+    assert (grades[:, 0] > grades[:, 1]).all()

@@ -38,6 +38,35 @@ def test_both_sides_of_a_pair(capsys):
     assert row["rejected_response"] in shown[rejected.start() :]
 
 
+def test_corrupted_media_are_shown_beside_the_right_ones(capsys, tmp_path):
+    """Of mDPO, on each modality."""
+    options = ["inspect", "--config", ALL, "--config", "configs/objective/mdpo.yaml", "--num", "3"]
+    main(options)
+    shown = capsys.readouterr().out
+    assert shown.count("[corrupted]") == 3
+    for name in ("images/train-red-square-2.png", "train-right-5.mp4", "train-rises-0.wav"):
+        right, wrong = re.findall(rf"{re.escape(name)}(.*): .*; its encoder gets (.*)", shown)
+        assert (right[0], wrong[0]) == ("", ", corrupted") and right[1] == wrong[1]
+    main([*options, "--html", str(tmp_path / "rows.html")])
+    html = (tmp_path / "rows.html").read_text(encoding="utf-8")
+    pictures = re.findall(r"data:image/[^\"]+", html)
+    assert len(pictures) == 2 * (2 + 4 + 1)
+    image, wrong_image = pictures[:2], pictures[2:4]
+    clip, wrong_clip = pictures[4:8], pictures[8:12]
+    assert image[1] != wrong_image[1]  # as the encoder gets them: one part of a square may look like the square
+    assert clip != wrong_clip and sorted(clip) == sorted(wrong_clip)  # its frames in another order
+    assert pictures[12] != pictures[13]
+
+
+def test_media_of_a_row_of_which_criteria_leave_an_answer_out(tmp_path, capsys):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    row = {"query": "<image>?", "response": "red", "rejected_response": ["you idiot", "red too"], "images": ["a.png"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    criteria = ["--data.reward_criteria", "[{scorer: {class_path: ToxicityScorer}}]", "--data.criteria_use.mode", "filter"]
+    shown = shown_of(tmp_path / "rows.jsonl", capsys, "--config", DPO, *criteria)
+    assert shown.count("[rejected]") == 1 and "you idiot" in shown and "image a.png: 32 x 32" in shown
+
+
 def test_a_page_that_needs_nothing_beside_itself(tmp_path):
     page = tmp_path / "rows.html"
     main(["inspect", "--config", ALL, "--num", "3", "--split", "val", "--html", str(page)])
