@@ -8,20 +8,33 @@ rows of 4,096 tokens, as training does, in windows of 16,384. `fill` is the shar
 `mixed`), `padded` that of batches of 8 random rows, `grouped` that of batches of like length. `imbalance_64` is by how much 64
 processes, each with a pack a step, wait for the slowest (max / mean of the cost that the planner assumes); beside it that of
 packs in random order. `plan_seconds` is the CPU time of packing 1,000,000 rows.
+
+`attention_ratio_*` is how much more CPU time attention takes with a mask of the whole row than sample by sample, forward and
+backward, for the pack of median cost and the heads of SmolLM2-135M in float32; `attention_memory_ratio_*` is the same of the peak
+memory above that before. Each is measured in a process of its own.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
+import resource
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch makes its threads
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
 
 from datamodules.batching import Batching, pack_costs
-from datamodules.packing import RowSizes, best_fit, imbalance
+from datamodules.packing import Packs, RowSizes, best_fit, imbalance
+from models.attention_blocks import attend_in_blocks, blocks_of
+from models.attention_mask import visible
 
 MAX_TOKENS = 4096
 
@@ -51,21 +64,64 @@ def grouped_fill(sizes: RowSizes) -> float:
     return float(sizes.tokens_R.sum() / sum(int(sizes.tokens_R[rows].max()) * len(rows) for rows in groups))
 
 
+def attention_costs(lengths: np.ndarray) -> dict[str, tuple[float, float]]:
+    """CPU-seconds and MiB of the attention of a pack, by `row` and `samples`."""
+    segments_BT = torch.repeat_interleave(torch.arange(len(lengths)) + 1, torch.from_numpy(lengths))[None]
+    context = multiprocessing.get_context("fork")
+    costs: dict[str, tuple[float, float]] = {}
+    for kind in ("row", "samples"):
+        receiver, sender = context.Pipe()
+        process = context.Process(target=_attend, args=(segments_BT, kind == "row", sender))
+        process.start()
+        costs[kind] = receiver.recv()
+        process.join()
+    return costs
+
+
+def _attend(segments_BT: torch.Tensor, by_mask: bool, sender: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    length = segments_BT.shape[1]
+    inputs = [torch.randn(1, length, heads, 64, generator=generator).transpose(1, 2).requires_grad_() for heads in (9, 3, 3)]
+    layer: Any = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    gradient = torch.randn(1, length, 9, 64, generator=generator)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(4):
+        started = time.process_time()
+        mask = visible(segments_BT, None, torch.zeros_like(segments_BT))[:, None] if by_mask else blocks_of(segments_BT, None)
+        torch.autograd.grad(attend_in_blocks(layer, *inputs, mask)[0], inputs, gradient)
+        seconds.append(time.process_time() - started)
+    sender.send((min(seconds[1:]), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000, help="rows of an epoch")
     args = parser.parse_args()
     figures: dict[str, float] = {}
+    plans: dict[str, tuple[RowSizes, Packs]] = {}
     print(f"{'rows':<8} {'padded':>8} {'grouped':>8} {'packed':>8} {'imbalance, at random':>22} {'balanced':>9}")
     for kind in ("llava", "mixed", "speech"):
         sizes = lengths(kind, args.rows)
         packs = Batching(kind="packed", max_tokens=MAX_TOKENS).units(sizes, 64, 0)
+        plans[kind] = sizes, packs
         costs = pack_costs(packs, sizes)
         fill = float(sizes.tokens_R.sum() / (len(packs) * MAX_TOKENS))
         at_random = imbalance(np.random.default_rng(1).permutation(costs), 64)
         row = (padded_fill(sizes.tokens_R), grouped_fill(sizes), fill, at_random, imbalance(costs, 64))
         print(f"{kind:<8} {row[0]:>8.3f} {row[1]:>8.3f} {row[2]:>8.4f} {row[3]:>22.3f} {row[4]:>9.4f}", flush=True)
         figures |= {f"fill_{kind}": round(fill, 4), f"imbalance_64_{kind}": round(row[4], 4), f"padded_{kind}": round(row[0], 3)}
+    print(f"\n{'attention':<9} {'samples':>8} {'CPU-s, by row':>14} {'by sample':>10} {'MiB, by row':>12} {'by sample':>10}")
+    for kind, (sizes, packs) in plans.items():
+        costs = pack_costs(packs, sizes)
+        pack = packs.lists()[int(np.argsort(costs)[len(costs) // 2])]
+        costs_of = attention_costs(sizes.tokens_R[pack])
+        (row_s, row_mib), (own_s, own_mib) = costs_of["row"], costs_of["samples"]
+        print(f"{kind:<9} {len(pack):>8} {row_s:>14.3f} {own_s:>10.3f} {row_mib:>12.0f} {own_mib:>10.0f}", flush=True)
+        figures |= {
+            f"attention_ratio_{kind}": round(row_s / own_s, 2),
+            f"attention_memory_ratio_{kind}": round(row_mib / own_mib, 2),
+        }
     sizes = lengths("mixed", 1_000_000)
     started = time.process_time()
     best_fit(sizes, MAX_TOKENS)

@@ -4,10 +4,12 @@ Shape suffixes: B rows, T tokens that look, U tokens that are looked at (as many
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from models.attention_blocks import NAME, blocks_of, lengths_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -79,23 +81,33 @@ def windows_of(config: "PretrainedConfig") -> Windows | None:
     return {kind: window if kind == "sliding_attention" else None for kind in kinds} if set(kinds) <= _KINDS else None
 
 
-def mask_for(
+def attention_inputs(
     config: "PretrainedConfig", segments_BT: Tensor, branches_BT: Tensor | None, positions_BT: Tensor, dtype: torch.dtype
-) -> Tensor | dict[str, Tensor] | None:
-    """What the model of a configuration takes as `attention_mask`: the simplest that says who sees whom.
+) -> dict[str, Any]:
+    """What the model of a configuration takes of who sees whom, by the names of its arguments, in the simplest form.
 
     Args:
         config: Its configuration.
         segments_BT: See `visible`.
-        branches_BT: See `visible`.
+        branches_BT: See `visible`. For flash attention no sample has more than one.
         positions_BT: See `visible`.
         dtype: Type of its hidden states.
     """
     lowest, highest = segments_BT.aminmax()
     if highest <= 1 and (branches_BT is None or branches_BT.max() <= 1):
-        return None if lowest > 0 else segments_BT
+        return {"attention_mask": None if lowest > 0 else segments_BT}
     text_config = config.get_text_config()
     windows = windows_of(text_config)
     assert windows is not None, "samples that share a row would see each other"
-    is_eager = text_config._attn_implementation == "eager"
-    return attention_mask(segments_BT, branches_BT, positions_BT, windows, dtype if is_eager else None)
+    kind = text_config._attn_implementation
+    if is_flash(kind):
+        return {"attention_mask": None, **lengths_of(segments_BT)}
+    if kind == NAME:
+        blocks = {kind: blocks_of(segments_BT, branches_BT, window) for kind, window in windows.items()}
+        return {"attention_mask": blocks if len(blocks) > 1 else next(iter(blocks.values()))}
+    return {"attention_mask": attention_mask(segments_BT, branches_BT, positions_BT, windows, dtype if kind == "eager" else None)}
+
+
+def is_flash(attn_implementation: str) -> bool:
+    """Whether an attention of transformers is one of the flash attentions, which take lengths in the place of a mask."""
+    return "flash" in attn_implementation

@@ -4,16 +4,22 @@ Shape suffixes: B rows, T tokens, A answers, L tokens of a row of its own, O occ
 """
 
 import inspect
+import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from datamodules.batch import MODALITIES, Batch, MediaBatch
-from models.attention_mask import windows_of
+from models.attention_blocks import NAME
+from models.attention_mask import is_flash, windows_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from models.language import LanguageModel
+
+log = logging.getLogger(__name__)
 
 
 class Apart(NamedTuple):
@@ -32,8 +38,12 @@ class Apart(NamedTuple):
 
 
 def has_branches(batch: Batch) -> bool:
-    """Whether answers share a row of the batch."""
-    return "branches_BT" in batch and bool((batch["branches_BT"] > 1).any())
+    """Whether answers share a prompt in a row of the batch, behind which they stand one by one."""
+    if "branches_BT" not in batch:
+        return False
+    branches_BT, segments_BT = batch["branches_BT"], batch["segments_BT"]
+    starts_BT = (branches_BT[:, 1:] != branches_BT[:, :-1]) & (segments_BT[:, 1:] == segments_BT[:, :-1])
+    return bool((starts_BT & (branches_BT[:, :-1] > 0)).any())
 
 
 def take_apart(batch: Batch) -> Apart:
@@ -95,13 +105,15 @@ def can_branch(language_model: "LanguageModel") -> bool:
     """
     model = language_model.model
     config = model.config.get_text_config()
-    if (
-        windows_of(config) is None
-        or model._is_stateful
-        or config._attn_implementation not in ("sdpa", "eager")
-        or "position_ids" not in inspect.signature(model.base_model.forward).parameters
-    ):
+    if config._attn_implementation not in (NAME, "sdpa", "eager") or not _attends(model):
         return False
+    if config._attn_implementation != NAME:
+        log.warning(
+            "%s attends by %s: samples that share a row are kept apart by a mask of the whole row, which costs the square of its "
+            "length, and not of theirs",
+            language_model.name_or_path,
+            config._attn_implementation,
+        )
     weight = next(model.get_input_embeddings().parameters())
     if weight.is_meta:
         return True
@@ -120,3 +132,19 @@ def can_branch(language_model: "LanguageModel") -> bool:
         error = max(error, float(difference))
     model.train(was_training)
     return error <= (1e-4 if embeddings_BTD.dtype == torch.float32 else 5e-2)
+
+
+def can_pack(language_model: "LanguageModel") -> bool:
+    """Whether samples may share a row in a language model: it gives each what it gives it alone.
+
+    That is so where answers may share their prompt, and with flash attention, which can be tried only where it runs.
+    """
+    model = language_model.model
+    is_tried = not is_flash(model.config.get_text_config()._attn_implementation)
+    return language_model.takes_branches if is_tried else _attends(model)
+
+
+def _attends(model: "PreTrainedModel") -> bool:
+    """Whether nothing but attention and given positions connects the tokens of a row, as far as a model tells."""
+    takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    return windows_of(model.config.get_text_config()) is not None and not model._is_stateful and takes_positions

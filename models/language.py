@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from encoders.base import DTYPES, DType, Part
 from encoders.hf import misfits
 from encoders.tuning import Tune
-from models.attention_mask import mask_for
-from models.branches import can_branch
+from models.attention_blocks import use_blocks
+from models.attention_mask import attention_inputs
+from models.branches import can_branch, can_pack
 from models.lean import make_lean
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ class LanguageModel(Part):
         self.model = self._load(AutoModelForCausalLM, torch.float32 if self.tune.mode == "full" else DTYPES[self.dtype])
         self.model.generation_config = GenerationConfig()  # `generate` would fill from the checkpoint's own what we leave open
         make_lean(self.model)
+        use_blocks(self.model)
         self.apply_tune(self.model)
         self._check_head()
 
@@ -190,8 +192,13 @@ class LanguageModel(Part):
 
     @cached_property
     def takes_branches(self) -> bool:
-        """Whether answers that share their prompt in a row give what each gives alone; see `can_branch`."""
+        """Whether answers that share their prompt give what each gives alone; see `can_branch`."""
         return can_branch(self)
+
+    @cached_property
+    def takes_packs(self) -> bool:
+        """Whether samples that share a row give what each gives alone; see `can_pack`."""
+        return can_pack(self)
 
     def forward(
         self, embeddings_BTD: Tensor, segments_BT: Tensor, positions_BT: Tensor, branches_BT: Tensor | None = None
@@ -200,24 +207,20 @@ class LanguageModel(Part):
 
         Args:
             embeddings_BTD: Embedded tokens, media features written in.
-            segments_BT: 0 where a position is padding, else the number of the sample.
+            segments_BT: 0 where a position is padding, else the number of the sample; several in a row where `takes_packs`.
             positions_BT: Position of each token in its sample.
-            branches_BT: The answer that a token belongs to, see `Batch`; None: there are none. More than one in a row only
-                where `takes_branches`.
+            branches_BT: The answer that a token belongs to; None: none. Several in a sample where `takes_branches`.
         """
-        mask = mask_for(self.model.config, segments_BT, branches_BT, positions_BT, embeddings_BTD.dtype)
-        is_made = isinstance(mask, dict) or (mask is not None and mask.ndim == 4)
-        assert not is_made or branches_BT is not None or self.takes_branches, "samples that share a row would see each other"
-        output = self.model.base_model(
-            inputs_embeds=embeddings_BTD, attention_mask=mask, position_ids=positions_BT, use_cache=False
-        )
+        assert segments_BT.max() <= 1 or self.takes_packs, "samples that share a row would see each other"
+        attention = attention_inputs(self.model.config, segments_BT, branches_BT, positions_BT, embeddings_BTD.dtype)
+        output = self.model.base_model(inputs_embeds=embeddings_BTD, position_ids=positions_BT, use_cache=False, **attention)
         return output.last_hidden_state
 
     @torch.no_grad()
     def generate(
         self, embeddings_BTD: Tensor, segments_BT: Tensor, options: Generation, eos_ids: Iterable[int], pad_id: int
     ) -> Tensor:
-        """Continues left-padded prompts with a key-value cache.
+        """Continues left-padded prompts with a key-value cache: the new tokens, (B, at most max_new_tokens).
 
         Args:
             embeddings_BTD: Embedded prompts, padded on the left.
@@ -225,9 +228,6 @@ class LanguageModel(Part):
             options: How to decode.
             eos_ids: Tokens that end an answer.
             pad_id: Fills answers that ended early.
-
-        Returns:
-            The new tokens, (B, at most max_new_tokens).
         """
         return self._continue({"inputs_embeds": embeddings_BTD}, segments_BT, options, eos_ids, pad_id)
 

@@ -252,11 +252,10 @@ class MultiModalModel(nn.Module):
             batch: What the data side made.
             encoded: Its media, where they are encoded already.
         """
-        if len(batch["examples"]) > len(batch["tokens_BT"]) and not self.language_model.takes_branches:
+        if len(batch["examples"]) > len(batch["tokens_BT"]) and not self.language_model.takes_packs:
             raise ValueError(
                 f"{self.language_model.name_or_path} cannot keep the samples of a packed row apart (not all of its layers are "
-                "attention to given positions, or its kernel takes no mask): set data.batching.kind to padded or rows, or "
-                "language_model.attn_implementation to sdpa"
+                "attention to given positions): set data.batching.kind to padded or rows"
             )
         if has_branches(batch) and not self.language_model.takes_branches:
             apart = take_apart(batch)

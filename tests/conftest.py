@@ -69,6 +69,13 @@ def _config(family: str) -> Any:
             return hf.LlamaConfig(**LLAMA)
         case "qwen2":
             return hf.Qwen2Config(**LLAMA)
+        case "mistral":
+            return hf.MistralConfig(**LLAMA, sliding_window=5)
+        case "qwen2_window":
+            return hf.Qwen2Config(**LLAMA, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+        case "gemma3_text":
+            kinds = ["sliding_attention", "full_attention"]
+            return hf.Gemma3TextConfig(**LLAMA, head_dim=8, query_pre_attn_scalar=8, sliding_window=4, layer_types=kinds)
         case "gemma2":
             return hf.Gemma2Config(**LLAMA, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=2.0, sliding_window=4)
         case "granite":

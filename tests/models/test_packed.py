@@ -81,14 +81,19 @@ def test_media_stand_where_their_samples_do():
         assert (batch["tokens_BT"][row, position : position + NUM_PATCHES] == MEDIA_TOKEN_IDS["image"]).all()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
+FAMILIES = ("llama", "qwen2", "qwen2_window", "mistral", "gemma2", "gemma3_text", "gpt2")
+"""Of which four have windows that are shorter than the samples; Gemma 2 does not attend in blocks."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_rows_of_their_own(family, make_model, model_folder):
     model, examples = make_model(model_folder(family), tune=Tune(mode="full" if family == "gpt2" else "lora")), examples_of()
     assert_same(model, collate(packed(examples), pad_id=0), collate(examples, pad_id=0))
 
 
-def test_a_neighbour_changes_nothing(make_model):
-    model, examples = make_model(), examples_of()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_neighbour_changes_nothing(family, make_model, model_folder):
+    model, examples = make_model(model_folder(family), tune=Tune(mode="frozen")), examples_of()
     others = examples_of(seed=9)
     changed = [examples[0], others[1], *examples[2:]]
     with torch.no_grad():
