@@ -154,8 +154,8 @@ class MediaBatch(TypedDict):
     Where a cache of features is in use, `cached` is there, and `media` and `mask` hold only those of the N items that are to
     be encoded, in their order; a batch without such an item has an empty `media`.
 
-    For a ready model `media` is empty. `inputs` has what it reads of the media of a row, by the name of its argument, under the
-    numbers of the row's items in order.
+    For a ready model `media` is empty. `inputs` has what it reads of the media of a sample, by the name of its argument, under
+    the numbers of the sample's items in order.
     """
 
     media: Tensor

@@ -72,10 +72,13 @@ def collate(items: Sequence[Example | RowError], pad_id: int, side: Literal["lef
         rows = [example.media.get(modality, []) for example in examples]
         if any(rows):
             batch[modality] = _stack_media(rows, places)
-            inputs = {row: example.inputs[modality] for row, example in enumerate(examples) if modality in example.inputs}
-            assert not inputs or num_rows == len(examples), "a ready model reads the media of a row as a whole"
-            if inputs:
-                batch[modality]["inputs"] = {_items_of(batch[modality], row): values for row, values in inputs.items()}
+            if any(modality in example.inputs for example in examples):
+                items_of = batch[modality]["item_O"].split([len(items) for items in rows])
+                batch[modality]["inputs"] = {
+                    tuple(items_O.tolist()): example.inputs[modality]
+                    for items_O, example in zip(items_of, examples, strict=True)
+                    if modality in example.inputs
+                }
     if any(example.token_types is not None for example in examples):
         token_types_BT = torch.zeros(shape, dtype=torch.long)
         for example, place in zip(examples, places, strict=True):
@@ -129,10 +132,6 @@ def _placed_answers(answers: Answers, places: Sequence[_Place]) -> Answers:
     row_A = torch.tensor([places[example].row for example in examples])
     first_A = torch.tensor([places[example].first_branch for example in examples])
     return {**answers, "row_A": row_A, "branch_A": answers["branch_A"] + first_A, "example_A": examples}
-
-
-def _items_of(media: MediaBatch, row: int) -> tuple[int, ...]:
-    return tuple(media["item_O"][media["row_O"] == row].tolist())
 
 
 def _describe(example: Example) -> dict[str, Any]:

@@ -58,7 +58,9 @@ def take_apart(batch: Batch) -> Apart:
     branches_BT, segments_BT = batch["branches_BT"], batch["segments_BT"]
     length = branches_BT.shape[1]
     own_AT = branches_BT[row_A]
-    kept_AT = ((own_AT == 0) | (own_AT == branch_A[:, None])) & (segments_BT[row_A] > 0)
+    is_answer_AT = own_AT == branch_A[:, None]
+    segment_A = (segments_BT[row_A] * is_answer_AT).amax(1)
+    kept_AT = ((own_AT == 0) | is_answer_AT) & (segments_BT[row_A] == segment_A[:, None])
     place_AT = (kept_AT.cumsum(1) - 1).clamp(min=0)
     size_A = kept_AT.sum(1)
     from_AL = (~kept_AT).long().argsort(dim=1, stable=True)[:, : int(size_A.max())]
@@ -76,9 +78,12 @@ def take_apart(batch: Batch) -> Apart:
             apart[modality] = _move_media(batch[modality], row_A, kept_AT, place_AT)
     for name in ("labels_BT", "branches_BT", "answers"):
         del apart[name]
-    # the tokens that all answers of a row share are computed for each, and read from the first
-    first_BT = torch.arange(len(branches_BT), device=row_A.device)[:, None] * (length + 1) + branches_BT.clamp(min=1)
-    row_BT = torch.searchsorted(row_A * (length + 1) + branch_A, first_BT)
+    # the tokens that all answers of a sample share are computed for each, and read from the first
+    first_BS = torch.full((len(branches_BT), int(segments_BT.max()) + 1), length, device=row_A.device)
+    first_BS.scatter_reduce_(1, segments_BT, branches_BT.where(branches_BT > 0, length), "amin")
+    reads_BT = branches_BT.where(branches_BT > 0, first_BS.gather(1, segments_BT)).where(segments_BT > 0, 1)
+    rows_B1 = torch.arange(len(branches_BT), device=row_A.device)[:, None]
+    row_BT = torch.searchsorted(row_A * (length + 1) + branch_A, rows_B1 * (length + 1) + reads_BT)
     return Apart(apart, row_BT, place_AT[row_BT, torch.arange(length, device=row_A.device)])  # type: ignore[arg-type]
 
 
@@ -141,7 +146,7 @@ def can_pack(language_model: "LanguageModel") -> bool:
     """
     model = language_model.model
     is_tried = not is_flash(model.config.get_text_config()._attn_implementation)
-    return language_model.takes_branches if is_tried else _attends(model)
+    return can_branch(language_model) if is_tried else _attends(model)
 
 
 def _attends(model: "PreTrainedModel") -> bool:

@@ -255,7 +255,8 @@ class MultiModalModel(nn.Module):
         if len(batch["examples"]) > len(batch["tokens_BT"]) and not self.language_model.takes_packs:
             raise ValueError(
                 f"{self.language_model.name_or_path} cannot keep the samples of a packed row apart (not all of its layers are "
-                "attention to given positions): set data.batching.kind to padded or rows"
+                "causal attention to given positions, or it reads media itself and attends by flash attention): set "
+                "data.batching.kind to padded or rows"
             )
         if has_branches(batch) and not self.language_model.takes_branches:
             apart = take_apart(batch)

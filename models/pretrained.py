@@ -4,17 +4,23 @@ Shape suffixes: B rows, T positions, D hidden size.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from datamodules.batch import MODALITIES, Batch, MediaBatch
 from encoders.base import DTYPES, Part
 from encoders.sampling import FrameSampling
 from encoders.tuning import Tune, apply_tune
+from models.attention_blocks import blocks_of
+from models.attention_mask import attention_inputs
+from models.branches import can_branch, has_branches
 from models.language import Generation, LanguageModel
 from models.view import View, flat
 
@@ -66,18 +72,55 @@ class PretrainedMLLM(LanguageModel):
     def nested_parts(self) -> dict[str, Part]:
         return {**self._views}
 
-    @property
+    @cached_property
     def takes_branches(self) -> bool:
-        """False: such models count the positions of media themselves, along the whole row."""
-        return False
+        """As of other models; never of one whose media attend both ways (Gemma 3)."""
+        serves_positions = "get_rope_index" in dir(self.model.base_model)  # what else the kinds of tokens are for is the mask
+        return (serves_positions or self._types_name is None) and can_branch(self)
+
+    @property
+    def takes_packs(self) -> bool:
+        """As `takes_branches`: flash attention would be told the lengths of samples in the towers, too."""
+        return self.takes_branches
 
     def read(self, batch: Batch) -> Tensor:
         """Last hidden states of a batch, hidden_BTD, its media read by the model itself; no logits."""
-        mask_BT = batch["segments_BT"]
-        lowest, highest = mask_BT.aminmax()
-        assert highest <= 1, "samples that share a row would attend to each other"
-        mask = {} if lowest > 0 else {"attention_mask": mask_BT}
-        return self.model.base_model(**self._inputs(batch), **mask, use_cache=False).last_hidden_state
+        segments_BT, inputs = batch["segments_BT"], self._inputs(batch)
+        is_shared = bool(segments_BT.max() > 1) or has_branches(batch)
+        assert not is_shared or self.takes_branches, "samples that share a row would attend to each other"
+        attention: dict[str, Any] = {} if segments_BT.min() > 0 else {"attention_mask": segments_BT}
+        if is_shared:
+            branches_BT, dtype = batch.get("branches_BT"), self.model.dtype
+            attention = attention_inputs(self.model.config, segments_BT, branches_BT, batch["positions_BT"], dtype)
+            attention["position_ids"] = self._positions(batch, inputs)
+        return self.model.base_model(**inputs, **attention, use_cache=False).last_hidden_state
+
+    def _positions(self, batch: Batch, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The positions that tokens have where their sample stands alone: positions_BT, or positions_3BT of M-RoPE (Wang et al.
+        2024, arXiv 2409.12191, section 2.1), which the model counts."""
+        tokens_BT = batch["tokens_BT"]
+        if "get_rope_index" not in dir(self.model.base_model):
+            return batch["positions_BT"]
+        blocks = blocks_of(batch["segments_BT"], batch.get("branches_BT"))[0, 0].tolist()
+        lengths = [length for length, _, _ in blocks]
+        is_whole = [shared < 0 for _, shared, _ in blocks]
+        rows = {"input_ids": tokens_BT, "mm_token_type_ids": batch.get("token_types_BT", torch.zeros_like(tokens_BT))}
+        rows["attention_mask"] = torch.ones_like(tokens_BT)
+        alone = {
+            name: pad_sequence([*compress(x_BT.flatten().split(lengths), is_whole)], batch_first=True)
+            for name, x_BT in rows.items()
+        }
+        count: Any = self.model.base_model.get_rope_index
+        grids = {name: inputs[name] for name in inspect.signature(count).parameters if name in inputs and name not in rows}
+        counted = iter(count(**alone, **grids)[0].unbind(1))
+        found_3L: list[Tensor] = []
+        for length, shared, _ in blocks:
+            if shared < 0:
+                found_3L.append(next(counted)[:, :length])
+            else:  # an answer is text that goes on behind its prompt
+                follows = torch.arange(1, length + 1, device=tokens_BT.device)
+                found_3L.append((found_3L[shared].max() + follows).expand(3, -1))
+        return torch.cat(found_3L, dim=1).view(3, *tokens_BT.shape)
 
     @torch.no_grad()
     def answer(self, batch: Batch, options: Generation, eos_ids: Iterable[int], pad_id: int) -> Tensor:
@@ -89,18 +132,22 @@ class PretrainedMLLM(LanguageModel):
         inputs = {"input_ids": batch["tokens_BT"]}
         for modality in MODALITIES:
             if modality in batch:
-                own = media_inputs(batch[modality])
+                own = media_inputs(batch[modality], batch["segments_BT"])
                 if shared := own.keys() & inputs:
                     raise ValueError(
                         f"{self.name_or_path} ({type(self.model).__name__}) reads media of several kinds by one argument "
                         f"({', '.join(shared)}), which is not supported in one batch: train it on one kind of them"
                     )
                 inputs |= own
-        takes = inspect.signature(self.model.forward).parameters
-        name = next((name for name in ("mm_token_type_ids", "token_type_ids") if name in takes), None)  # Gemma 3 has the latter
-        if name is not None and "token_types_BT" in batch:
-            inputs[name] = batch["token_types_BT"]
+        if self._types_name is not None and "token_types_BT" in batch:
+            inputs[self._types_name] = batch["token_types_BT"]
         return inputs
+
+    @property
+    def _types_name(self) -> str | None:
+        """The argument that takes the kinds of tokens; None: there is none."""
+        takes = inspect.signature(self.model.forward).parameters
+        return next((name for name in ("mm_token_type_ids", "token_type_ids") if name in takes), None)  # Gemma 3 has the latter
 
     @property
     def _has_full_parts(self) -> bool:
@@ -200,13 +247,20 @@ class PretrainedMLLM(LanguageModel):
                 yield parameter
 
 
-def media_inputs(media: MediaBatch) -> dict[str, Tensor]:
-    """What a ready model reads of the media of one kind, by the name of its argument: those of all rows, one after the other."""
-    items: dict[int, list[int]] = {}
-    for row, item in zip(media["row_O"].tolist(), media["item_O"].tolist(), strict=True):
-        items.setdefault(row, []).append(item)
-    rows = [media["inputs"][tuple(numbers)] for numbers in items.values()]
-    return {name: _join([row[name] for row in rows]) for name in rows[0]}
+def media_inputs(media: MediaBatch, segments_BT: Tensor) -> dict[str, Tensor]:
+    """What a ready model reads of the media of one kind, by the name of its argument: those of all samples, one after the other.
+
+    Args:
+        media: The media.
+        segments_BT: The sample in its row that a token belongs to.
+    """
+    row_O = media["row_O"]
+    sample_O = segments_BT[row_O, media["position_O"]]
+    items: dict[tuple[int, int], list[int]] = {}
+    for row, sample, item in zip(row_O.tolist(), sample_O.tolist(), media["item_O"].tolist(), strict=True):
+        items.setdefault((row, sample), []).append(item)
+    samples = [media["inputs"][tuple(numbers)] for numbers in items.values()]
+    return {name: _join([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

@@ -14,7 +14,6 @@ from datamodules.collate import collate
 from encoders.tuning import Tune
 from models.attention_blocks import NAME, attend_in_blocks, blocks_of, lengths_of
 from models.attention_mask import visible
-from models.language import LanguageModel
 from tests.models.test_packed import assert_same, examples_of, packed
 
 SEGMENTS_BT = torch.tensor([[1] * 5 + [2] * 9 + [3] * 2, [1] * 12 + [0] * 4])
@@ -68,7 +67,7 @@ def test_who_attends_in_blocks_and_who_says_that_it_does_not(family, kind, make_
     assert ("a mask of the whole row" in caplog.text) == (kind != NAME)
 
 
-def test_flash_attention_gets_the_lengths_of_the_samples(make_model, model_folder, monkeypatch):
+def test_flash_attention_gets_the_lengths_of_the_samples(make_model, model_folder):
     """By a stand-in, as flash attention itself runs on GPUs alone."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
@@ -90,7 +89,6 @@ def test_flash_attention_gets_the_lengths_of_the_samples(make_model, model_folde
     AttentionMaskInterface.register("flash_stand_in", flash_attention_mask)
     model, examples = make_model(model_folder("mistral")), examples_of(slots_of_one_length())
     model.language_model.model.config._attn_implementation_internal = "flash_stand_in"
-    monkeypatch.setattr(LanguageModel, "takes_branches", False)
     assert_same(model, collate(packed(examples), pad_id=0), collate(examples, pad_id=0))
     assert set(calls) == {max(len(example.tokens) for example in examples), None}
 

@@ -230,7 +230,7 @@ def test_random_weights_come_from_the_seed(tiny_llm):
 
 def test_samples_in_one_row_are_refused_where_they_would_see_each_other(tiny_llm, generator):
     model = built(tiny_llm)
-    model.takes_branches = False
+    model.takes_packs = False
     tokens_BT, segments_BT, positions_BT = prompts(generator, "right")
     segments_BT[0, 4:] = 2
     with pytest.raises(AssertionError, match="see each other"):

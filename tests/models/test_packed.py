@@ -133,8 +133,11 @@ def logps_by_answer(model, batch) -> Tensor:
     return torch.zeros(len(batch["answers"]["roles"])).index_add(0, answer_S, logps_S)
 
 
-def test_pairs_are_packed_like_others(make_model):
+@pytest.mark.parametrize("takes_branches", [True, False])
+def test_pairs_are_packed_like_others(make_model, takes_branches):
     model, generator = make_model(images=False), torch.Generator().manual_seed(2)
+    assert model.language_model.takes_packs
+    model.language_model.takes_branches = takes_branches  # False: as with flash attention, each is read in a row of its own
     pairs = [answers(number, generator) for number in range(1, 4)]
     together = collate([replace(pair, slot=slot) for pair, slot in zip(pairs, [0, 0, 1], strict=True)], pad_id=0)
     apart = collate(pairs, pad_id=0)
@@ -146,7 +149,7 @@ def test_pairs_are_packed_like_others(make_model):
 
 def test_a_model_that_cannot_keep_samples_apart_refuses_them(make_model):
     model = make_model(images=False)
-    model.language_model.takes_branches = False
+    model.language_model.takes_packs = False
     examples = examples_of([[6, 3], [5, 2]])
     with pytest.raises(ValueError, match=r"cannot keep the samples of a packed row apart .*: set data\.batching\.kind to padded"):
         model(collate(packed(examples, [0, 0]), pad_id=0))

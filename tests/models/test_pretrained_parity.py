@@ -52,7 +52,7 @@ def ours(batch: Batch) -> dict[str, torch.Tensor]:
     inputs = {"input_ids": batch["tokens_BT"], "attention_mask": batch["segments_BT"]}
     for modality in MODALITIES:
         if modality in batch:
-            inputs |= media_inputs(batch[modality])
+            inputs |= media_inputs(batch[modality], batch["segments_BT"])
     return inputs
 
 
