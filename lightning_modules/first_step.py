@@ -62,6 +62,9 @@ class FirstStepCheck(Callback):
         if self._done or self._batch is None:
             return
         batch, self._batch = self._batch, None
+        if pl_module.device_mesh is not None:  # each process has but its share of the gradients
+            self._done = True
+            return
         parts = cast("MultiModalLitModule", pl_module).parts()
         # the scaled gradients of float16 overflow in the first steps; its scaler then lowers the scale
         may_overflow = trainer.precision == "16-mixed"

@@ -30,6 +30,11 @@ def idle_parts(model: MultiModalModel, batch: Batch) -> list[Part]:
     return [part for name, part in model.parts().items() if not batch["examples"] or is_idle(name, part, batch)]
 
 
+def used_parts(model: MultiModalModel, batch: Batch) -> set[str]:
+    """Names of the parts that a batch uses."""
+    return {name for name, part in model.parts().items() if batch["examples"] and not is_idle(name, part, batch)}
+
+
 def touch_idle_parts(loss: Tensor | None, model: MultiModalModel, batch: Batch) -> Tensor:
     """Adds 0 to a loss, with a gradient of 0 for what trains of the parts that the batch has no use for.
 

@@ -17,6 +17,7 @@ class MeasuringLitModule(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._means = EpochMeans()
+        self.is_lent = False  # the batch at hand is that of another process, and must not count
 
     def measure(self, batch: Batch, values: Mapping[str, RowValues]) -> None:
         """Adds metrics of a batch; a subclass may add any of its own.
@@ -25,6 +26,8 @@ class MeasuringLitModule(L.LightningModule):
             batch: The batch that they are of.
             values: For each metric the totals and the counts of the rows; its mean is all totals divided by all counts.
         """
+        if self.is_lent:
+            return
         self._means.add(values, [example.get("source", "") for example in batch["examples"]])
 
     def on_validation_epoch_start(self) -> None:

@@ -19,12 +19,12 @@ from datamodules.prompt_options import PromptOptions
 from encoders.base import Encoder, Part, Projector
 from lightning_modules.answer_metrics import answer_values, media_gains
 from lightning_modules.feature_cache import report, share_features
-from lightning_modules.idle_parts import touch_idle_parts
 from lightning_modules.losses import AnswerScores, cross_entropy, score_answers, supervised, supervised_rows
-from lightning_modules.measuring import MeasuringLitModule, Stage
+from lightning_modules.measuring import Stage
 from lightning_modules.optim import WarmupCosine, parameter_groups
 from lightning_modules.processors import make_processor
 from lightning_modules.run_state import StepStart, add_place, check_processor, own_rng_state, set_rng_state
+from lightning_modules.spread import SpreadLitModule
 from lightning_modules.step_loss import StepLoss
 from models.checkpoint import check_options, fingerprints, load_saved, saved_names, start_from
 from models.fusion import Fusion
@@ -33,7 +33,7 @@ from models.media_shuffle import rows_with_other_media, shuffle_media
 from models.multimodal import EncodedMedia, MultiModalModel
 
 
-class MultiModalLitModule(MeasuringLitModule):
+class MultiModalLitModule(SpreadLitModule):
     """Trains encoders, projectors and a language model to give the answers of the rows.
 
     What trains, and how fast, is said by each part's own `tune`. Validation and test log the metrics of `answer_metrics`, over
@@ -116,10 +116,8 @@ class MultiModalLitModule(MeasuringLitModule):
         """Says what the feature cache was good for."""
         report(self.model)
 
-    def configure_model(self) -> None:
-        """Makes the weights, once, on the device and in the shards that the strategy wants."""
-        if self.model.is_built:
-            return
+    def build_model(self) -> None:
+        """Makes the weights; a subclass adds what it needs besides, before they may be spread over devices."""
         self.model.build(self.processor.chat.media_ids)
         if self.init_from is not None:
             self._warm_started, fresh = start_from(self.model, self.init_from)
@@ -157,12 +155,12 @@ class MultiModalLitModule(MeasuringLitModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """One training batch: its summed loss. Lightning leaves a batch without a loss out."""
+        batch = self.meet(batch)
         result = self.step(batch, "train")
-        if result is not None:
+        if result is not None and not self.is_lent:
             self._step_loss.add(*result, batch["examples"])
-        total = None if result is None else result[0]
-        if self.trainer.world_size > 1:
-            total = touch_idle_parts(total, self.model, batch)
+        total = None if result is None else result[0] * (0 if self.is_lent else 1)
+        total = self.offer_all(total, batch)
         # Lightning divides by the number of batches of a step; `on_before_optimizer_step` divides by that of tokens
         return None if total is None else total * self.trainer.accumulate_grad_batches
 
@@ -172,20 +170,23 @@ class MultiModalLitModule(MeasuringLitModule):
         Raises:
             ValueError: The loss is not finite.
         """
+        super().on_before_optimizer_step(optimizer)
         if (loss := self._step_loss.divide(self.trainer, self.parameters())) is not None:
             self.log("train/loss", loss, prog_bar=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """One validation batch."""
-        self.step(batch, "val")
+        self.step(self.meet(batch), "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """One test batch."""
-        self.step(batch, "test")
+        self.step(self.meet(batch), "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Answers the prompts of a batch: one dictionary a row."""
-        return [{**example, "response": text} for example, text in zip(batch["examples"], self.generate(batch), strict=True)]
+        batch = self.meet(batch)
+        answers = zip(batch["examples"], self.generate(batch), strict=True)
+        return [{**example, "response": text} for example, text in answers if not self.is_lent]
 
     @torch.no_grad()
     def score(self, batch: Batch, encoded: EncodedMedia | None = None) -> AnswerScores:
@@ -234,9 +235,9 @@ class MultiModalLitModule(MeasuringLitModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what cannot be read again from elsewhere, and adds how to make the model and the state of the generators."""
-        names = self._saved_names()
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[f"model.{name}"] for name in sorted(names)}
+        names = self.saved_names()
+        state = checkpoint["state_dict"]  # where it is spread, the first process alone may have it
+        checkpoint["state_dict"] = {name: state[f"model.{name}"] for name in sorted(names) if state}
         checkpoint["model"] = self.model.spec()
         checkpoint["processor"] = self.processor.files()
         if self._fingerprinted != names:  # frozen weights do not change: once a run will do
@@ -265,12 +266,13 @@ class MultiModalLitModule(MeasuringLitModule):
         Raises:
             ValueError: The checkpoint is of a model with other parts, adapters or frozen weights.
         """
-        return load_saved(self.model, state_dict, self._fingerprints, self._saved_names())
+        return load_saved(self.model, state_dict, self._fingerprints, self.saved_names())
 
     def on_train_start(self) -> None:
         """Sets the random generators to where the checkpoint left them; the set-up of a resumed run has drawn from them."""
         self._step_start = None
         self._step_loss.reset()
+        self._used.clear()
         if self._rng is not None:
             set_rng_state(self._rng)
             self._rng = None
@@ -280,15 +282,19 @@ class MultiModalLitModule(MeasuringLitModule):
         if self._step_start is None or not self._step_start.is_open(self.trainer):
             self._step_start = StepStart.now(self.trainer)
 
+    def saved_names(self) -> set[str]:
+        """Names of the weights that a checkpoint holds, as the model calls them."""
+        return saved_names(self.model) | self._warm_started
+
     def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         encoded = self.model.encode(batch)
         scores = self.score(batch, encoded)
         values = answer_values(scores)
-        if (shuffled := shuffle_media(batch)) is not None:
-            moved = {modality: rows_with_other_media(batch, shuffled, modality) for modality in self.model.modalities}
-            values |= media_gains(scores, self.score(shuffled, encoded), moved)
+        shuffled = shuffle_media(batch)
+        if self.agree(shuffled is not None):
+            others = self.score(batch if shuffled is None else shuffled, encoded)
+            if shuffled is not None:
+                moved = {modality: rows_with_other_media(batch, shuffled, modality) for modality in self.model.modalities}
+                values |= media_gains(scores, others, moved)
         self.measure(batch, values)
         return scores.nll_B.sum(), scores.count_B.sum()
-
-    def _saved_names(self) -> set[str]:
-        return saved_names(self.model) | self._warm_started

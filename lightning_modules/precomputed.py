@@ -90,6 +90,14 @@ class PrecomputedReference(Reference):
             assert self.of is not None
             self.of.load(model, state["of"])
 
+    def check_spread(self) -> None:
+        if self.compute_missing:
+            raise ValueError(
+                "model.reference is PrecomputedReference, which would compute what is missing on some processes alone, but "
+                "trainer.strategy has them run each layer together: fill the folder on one device or under "
+                "configs/strategy/ddp.yaml, then set model.reference.compute_missing to false"
+            )
+
     def flush(self) -> None:
         if self._store is not None:
             self._store.flush()

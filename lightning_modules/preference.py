@@ -60,10 +60,8 @@ class PreferenceLitModule(MultiModalLitModule):
     def compare(self, scored: ScoredAnswers) -> Comparison:
         """The loss of the pairs or answers of a batch."""
 
-    def configure_model(self) -> None:
-        if self.model.is_built:
-            return
-        super().configure_model()
+    def build_model(self) -> None:
+        super().build_model()
         turn_dropout_off(self.model)
 
     def configure_optimizers(self) -> Any:
@@ -90,9 +88,9 @@ class PreferenceLitModule(MultiModalLitModule):
         compared = self.compare(scored)
         num_rows = len(batch["examples"])
         values = row_values([*compared.metrics, *token_metrics(scored), *criteria_metrics(scored)], scored.row_A, num_rows)
-        if stage == "train":
+        if stage == "train" and not self.is_lent:
             self._step_means.add(values, [""] * num_rows)
-        else:
+        elif stage != "train":
             self.measure(batch, {"loss": self._loss_by_source(batch, scored, compared), **values})
         return compared.total, compared.count
 
@@ -181,14 +179,12 @@ class ReferencedLitModule(PreferenceLitModule):
         self.reward_criteria = reward_criteria or []
         self.criteria_use = criteria_use
 
-    def configure_model(self) -> None:
+    def build_model(self) -> None:
         """Makes the weights, and the reference of them.
 
         Raises:
             ValueError: Training would move the reference, or the reward criteria cannot be used so.
         """
-        if self.model.is_built:
-            return
         form = self.answer_form
         self._terms = reference_terms(self.reward_criteria, self.criteria_use, form.takes_margin, form.kind == "pairs")
         if isinstance(self.reference, PrecomputedReference) and self.answer_form.mismatched:
@@ -196,9 +192,11 @@ class ReferencedLitModule(PreferenceLitModule):
                 "model.reference is PrecomputedReference, but this objective also compares mismatched answers, which are others "
                 "in each epoch: take AdapterOff, SecondAdapter or FrozenCopy, or a loss_type that needs none"
             )
-        super().configure_model()
+        super().build_model()
         if self.reference is None:
             self.reference = default_reference(self.model, self._warm_started)
+        if self.device_mesh is not None:
+            self.reference.check_spread()
         self.reference.prepare(self.model, self._warm_started, fingerprint(self.processor))
         rank_zero_info(f"reference: {self.reference.description}")
 
@@ -252,8 +250,8 @@ class ReferencedLitModule(PreferenceLitModule):
         assert self.reference is not None
         self.reference.load(self.model, checkpoint[REFERENCE])
 
-    def _saved_names(self) -> set[str]:
-        return {name for name in super()._saved_names() if not is_copy(name, REFERENCE)}
+    def saved_names(self) -> set[str]:
+        return {name for name in super().saved_names() if not is_copy(name, REFERENCE)}
 
 
 _EVALUATED: tuple[Statistic, ...] = ("entropy", "mean_logit")

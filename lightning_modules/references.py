@@ -19,6 +19,7 @@ from lightning_modules.losses import supervised
 from models.adapters import adapter_layers, adapters_exchanged, adapters_off, copy_adapters, frozen_copy, is_copy
 from models.checkpoint import saved_names
 from models.multimodal import EncodedMedia, MultiModalModel
+from models.spread import spread_like, whole
 
 REFERENCE = "reference"
 """Name of the adapters that are kept as they were."""
@@ -86,6 +87,13 @@ class Reference(nn.Module):
     def flush(self) -> None:
         """Writes what is to outlast the run."""
 
+    def check_spread(self) -> None:
+        """Refuses a policy whose weights are sharded or split over devices.
+
+        Raises:
+            ValueError: This reference cannot be computed beside it.
+        """
+
     def train(self, mode: bool = True) -> Self:
         """A reference stays in evaluation mode."""
         return super().train(False)
@@ -144,7 +152,7 @@ class SecondAdapter(Reference):
         return _logps(model, batch, features, _unmoved(model, encoded), adapters_exchanged(model, REFERENCE))
 
     def saved(self, model: MultiModalModel) -> dict[str, Any]:
-        return {name: weight for name, weight in model.state_dict().items() if is_copy(name, REFERENCE)}
+        return {name: whole(weight) for name, weight in model.state_dict().items() if is_copy(name, REFERENCE)}
 
     def load(self, model: MultiModalModel, state: Mapping[str, Any]) -> None:
         _load(model, state, self.saved(model))
@@ -164,6 +172,13 @@ class FrozenCopy(Reference):
     def prepare(self, model: MultiModalModel, warm_started: Collection[str], processing: str) -> None:
         self.names = saved_names(model)
         self.model = frozen_copy(model)
+
+    def check_spread(self) -> None:
+        raise ValueError(
+            "model.reference is FrozenCopy, which shares weights with the policy that trainer.strategy would shard or split: "
+            "train adapters alone (freeze the projector, tune.mode frozen), whose reference is AdapterOff or SecondAdapter, or "
+            "take configs/strategy/ddp.yaml"
+        )
 
     @torch.no_grad()
     def logps(self, model: MultiModalModel, batch: Batch, features: EncodedMedia, encoded: EncodedMedia) -> Tensor:
@@ -232,4 +247,4 @@ def _load(model: MultiModalModel, state: Mapping[str, Tensor], own: Mapping[str,
             "with another model.reference, or other parts train. Give the options of that run, or start another with "
             "model.init_from"
         )
-    model.load_state_dict(dict(state), strict=False)
+    model.load_state_dict({name: spread_like(weight, own[name]) for name, weight in state.items()}, strict=False)

@@ -58,10 +58,13 @@ class RewardLitModule(PreferenceLitModule):
     def answer_form(self) -> AnswerForm:
         return replace(super().answer_form, scores_answers=True, takes_margin=self.margin_weight != 0)
 
-    def configure_model(self) -> None:
-        if self.model.is_built:
-            return
-        super().configure_model()
+    def build_model(self) -> None:
+        if self.device_mesh is not None:
+            raise ValueError(
+                "trainer.strategy would shard or split the model, which a reward model does not support: take "
+                "configs/strategy/ddp.yaml"
+            )
+        super().build_model()
         self.reward_head.build(self.model.language_model.hidden_size)
         embedded = set(self.model.language_model.model.get_input_embeddings().parameters())
         for weight in self.model.language_model.head.parameters():

@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from models.spread import local
+
 
 class StepLoss:
     """Sum and count of the loss terms of an optimizer step.
@@ -50,7 +52,7 @@ class StepLoss:
             raise ValueError(_not_finite(float(total / count), rows, trainer.global_step))
         if count == 0:
             return None
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         torch._foreach_mul_(gradients, trainer.world_size / float(count))
         return total / count
 

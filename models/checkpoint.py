@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.manifest import fault, manifest_path
+from models.spread import spread_like, whole
 
 if TYPE_CHECKING:
     from models.multimodal import MultiModalModel
@@ -57,7 +58,7 @@ def fingerprints(model: "MultiModalModel", saved: Iterable[str]) -> dict[str, st
         }
         digest = hashlib.blake2b(digest_size=16)
         for name, tensor in sorted(weights.items()):
-            flat = tensor.reshape(-1)
+            flat = whole(tensor).reshape(-1)
             values = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)
             digest.update(f"{name} {tuple(tensor.shape)} {_sum_of_bits(flat)}".encode())
             digest.update(values.numpy().tobytes())
@@ -77,6 +78,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: There is no such file, or it is no checkpoint of ours.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder with the shards of several processes, from which --ckpt_path goes on under a ShardedStrategy. "
+            f"For all else make it one file: python -m lightning.fabric.utilities.consolidate_checkpoint {path}"
+        )
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         found = f"that folder has {', '.join(there)}" if there else "there is no checkpoint in that folder"
@@ -142,7 +148,7 @@ def load_saved(
             f"the frozen weights of {' and '.join(other)} are not those that the checkpoint was trained with: what was trained "
             "beside them would not fit. Point the part at the same model as in training"
         )
-    model.load_state_dict(dict(state), strict=False)
+    model.load_state_dict({name: spread_like(tensor, own[name]) for name, tensor in state.items()}, strict=False)
 
 
 def other_bases(model: "MultiModalModel", expected: Mapping[str, str], held: Iterable[str]) -> list[str]:

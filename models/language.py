@@ -235,6 +235,7 @@ class LanguageModel(Part):
         self, prompts: dict[str, Any], segments_BT: Tensor, options: Generation, eos_ids: Iterable[int], pad_id: int
     ) -> Tensor:
         """What `generate` of transformers makes of its arguments `prompts`."""
+        from torch.distributed.fsdp import FSDPModule
         from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
         sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
@@ -253,6 +254,7 @@ class LanguageModel(Part):
             processors.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty), prompt_ignore_length=given))
         return self.model.generate(  # type: ignore[operator]  # a mixin that every causal LM has
             **prompts,
+            synced_gpus=isinstance(self.decoder_layers[0], FSDPModule),  # all processes go on until the last one has ended
             attention_mask=(segments_BT > 0).long(),
             generation_config=config,
             logits_processor=processors,

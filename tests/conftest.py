@@ -76,6 +76,8 @@ def _config(family: str) -> Any:
         case "gemma3_text":
             kinds = ["sliding_attention", "full_attention"]
             return hf.Gemma3TextConfig(**LLAMA, head_dim=8, query_pre_attn_scalar=8, sliding_window=4, layer_types=kinds)
+        case "qwen3":
+            return hf.Qwen3Config(**LLAMA, head_dim=8, tie_word_embeddings=True)
         case "gemma2":
             return hf.Gemma2Config(**LLAMA, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=2.0, sliding_window=4)
         case "granite":

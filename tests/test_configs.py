@@ -69,7 +69,7 @@ def test_an_overlay_changes_what_it_names_and_nothing_else(path: Path, recipe: s
     named = leaves(yaml.safe_load(path.read_text(encoding="utf-8")))
     for name, value in named.items():
         if name.endswith("class_path"):
-            assert after[name].endswith(f".{value}")
+            assert f".{after[name]}".endswith(f".{value}")
         else:
             assert after[name] == value, name
     # a new class brings its own options with it; everything outside it stays
@@ -139,6 +139,46 @@ def test_a_recipe_can_be_instantiated_without_network_weights_or_data(path: Path
     )
     assert cli.datamodule.processor is cli.model.processor
     assert not list(cli.model.parameters())
+
+
+STRATEGIES = {
+    "ddp": ("DDPStrategy", {}),
+    "fsdp": ("ShardedStrategy", {"_data_parallel_size": "auto", "_tensor_parallel_size": 1}),
+    "tp": ("ShardedStrategy", {"_data_parallel_size": 1, "_tensor_parallel_size": "auto"}),
+    "fsdp_tp": ("ShardedStrategy", {"_data_parallel_size": "auto", "_tensor_parallel_size": "auto"}),
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/strategy").glob("*.yaml")))
+def test_a_strategy_is_made_as_it_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datamodules.loading import RowDataModule
+    from lightning_modules.cli import OmniLitCLI
+    from lightning_modules.multimodal import MultiModalLitModule
+
+    monkeypatch.chdir(ROOT)
+    configs = ["--config", "configs/sft/tiny.yaml", "--config", f"configs/strategy/{name}.yaml"]
+    kinds: dict[str, Any] = {
+        "subclass_mode_model": True,
+        "subclass_mode_data": True,
+        "auto_configure_optimizers": False,
+        "run": False,
+    }
+    kinds["trainer_defaults"] = {"callbacks": []}
+    cli = OmniLitCLI(MultiModalLitModule, RowDataModule, args=[*configs, "--trainer.logger", "false"], **kinds)
+    expected, options = STRATEGIES[name]
+    strategy = cli.trainer.strategy
+    assert type(strategy).__name__ == expected
+    assert {option: vars(strategy)[option] for option in options} == options
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/strategy").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_strategy_goes_with_each_recipe(recipe: Path, path: Path, plain: dict[Path, dict[str, Any]]) -> None:
+    after = resolved("--config", str(recipe), "--config", str(path))
+    assert {name: after[name] for name in ("model", "data")} == {name: plain[recipe][name] for name in ("model", "data")}
+    named = yaml.safe_load(path.read_text(encoding="utf-8"))["trainer"]["strategy"]
+    assert after["trainer"]["strategy"]["class_path"].endswith(named["class_path"])
 
 
 def test_the_sweep_is_one_that_wandb_takes_and_its_command_line_parses() -> None:

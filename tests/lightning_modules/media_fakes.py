@@ -25,10 +25,10 @@ def make_all(
     llm: Path, clip: Path, whisper: Path, kind: type[MultiModalLitModule] = MultiModalLitModule, **options: Any
 ) -> MultiModalLitModule:
     """An unbuilt module with an encoder of each modality; those of video and sound are trained, that of images is frozen."""
-    language_model = LanguageModel(str(llm), tune=Tune(mode="lora", lora=LoRA(target_modules=("q_proj", "v_proj"))))
     frames = HFVisionEncoder(str(clip), layer=-2)
     sampling = FrameSampling(fps=2, max_frames=4)
     parts: dict[str, Any] = {
+        "language_model": LanguageModel(str(llm), tune=Tune(mode="lora", lora=LoRA(target_modules=("q_proj", "v_proj")))),
         "image_encoder": HFVisionEncoder(str(clip), layer=-2),
         "image_projector": MLPProjector(),
         "video_encoder": VideoEncoder(frames=frames, sampling=sampling, num_layers=1, num_heads=2, pool="space", tune=FULL),
@@ -36,7 +36,7 @@ def make_all(
         "audio_encoder": WhisperEncoder(name_or_path=str(whisper), layer=2, stack=5, tune=FULL),
         "audio_projector": MLPProjector(),
     }
-    return kind(language_model, **(parts | options))
+    return kind(**(parts | options))
 
 
 def write_media_rows(path: Path, kinds: Sequence[str], answer: str = "It is a bus.") -> Path:

@@ -17,10 +17,15 @@ def ddp(timeout: timedelta) -> Strategy:
 
 
 def in_two_processes(
-    job: Callable[..., None], *arguments: Any, timeout_seconds: float = 30.0, strategy: MakeStrategy = ddp, **options: Any
+    job: Callable[..., None],
+    *arguments: Any,
+    timeout_seconds: float = 30.0,
+    strategy: MakeStrategy = ddp,
+    number: int = 2,
+    **options: Any,
 ) -> list[int | None]:
-    """Runs a job in each of two forked processes; returns their exit codes. Processes that wait for each other in vain give up
-    after `timeout_seconds`."""
+    """Runs a job in each of two (or another number of) forked processes; returns their exit codes. Processes that wait for each
+    other in vain give up after `timeout_seconds`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -28,12 +33,12 @@ def in_two_processes(
     def run(rank: int) -> None:
         os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier test: Lightning would seed with it again
         # as torchrun tells it
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "GROUP_RANK": 0}
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
         os.environ.update({name: str(value) for name, value in {**names, **address}.items()})
-        job(*arguments, {"strategy": strategy(timedelta(seconds=timeout_seconds)), "devices": 2}, **options)
+        job(*arguments, {"strategy": strategy(timedelta(seconds=timeout_seconds)), "devices": number}, **options)
 
-    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(2)]
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(number)]
     for process in processes:
         process.start()
     for process in processes:

@@ -171,7 +171,7 @@ def test_without_the_touch_of_idle_parts_the_processes_wait_in_vain(
     train_all: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process offers the gradients of all encoders, of which the other one, with text alone, has none."""
-    monkeypatch.setattr("lightning_modules.multimodal.touch_idle_parts", lambda loss, model, batch: loss)
+    monkeypatch.setattr("lightning_modules.spread.touch_idle_parts", lambda loss, model, batch: loss)
 
     def job(*arguments: Any, **options: Any) -> None:
         try:

@@ -1,0 +1,109 @@
+"""The side of a LightningModule that knows of other processes: how its model is spread over them, and who waits for whom."""
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from datamodules.batch import Batch
+from lightning_modules.idle_parts import touch_idle_parts, used_parts
+from lightning_modules.measuring import MeasuringLitModule
+from models.multimodal import MultiModalModel
+from models.parallel import add_up_own_heads, gather, is_sharded, parallelize
+from models.spread import clip_norm, local
+
+
+class SpreadLitModule(MeasuringLitModule):
+    """A module whose model may be sharded or split (`models.parallel`), as `ShardedStrategy` says.
+
+    Where layers are sharded a process takes part in the gathering of each layer, so all must run them equally often, whatever
+    rows each of them has: `meet` and `agree` see to that.
+    """
+
+    model: MultiModalModel
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._used: set[str] = set()
+
+    def configure_model(self) -> None:
+        """Makes the weights, once, and spreads them over the devices as the strategy wants.
+
+        Raises:
+            ValueError: The model cannot be made, or not be spread so.
+        """
+        if self.model.is_built:
+            return
+        if self.device_mesh is None:
+            self.build_model()
+            return
+        torch.set_rng_state(self.trainer.strategy.broadcast(torch.get_rng_state()))  # each draws what the first one draws
+        self.build_model()
+        _ = self.model.language_model.takes_branches  # is tried out, while the weights are whole
+        parallelize(self.model, self.device_mesh)
+
+    def build_model(self) -> None:
+        """Makes the weights, whole; called once."""
+        raise NotImplementedError
+
+    def meet(self, batch: Batch) -> Batch:
+        """Where all processes begin a batch together: one without rows gets those of another to run, which must not count.
+
+        Rows are missing where they were skipped, or where an epoch ends. If no process has any, the batch stays without.
+        """
+        if not is_sharded(self.model):
+            return batch
+        gather(self.model)
+        strategy, rank = self.trainer.strategy, self.global_rank
+        has_rows_R = torch.zeros(self.trainer.world_size, dtype=torch.int32, device=strategy.root_device)
+        has_rows_R[rank] = int(bool(batch["examples"]))
+        has_rows = strategy.reduce(has_rows_R, reduce_op="sum").tolist()
+        self.is_lent = any(has_rows) and not has_rows[rank]
+        if all(has_rows) or not any(has_rows):
+            return batch
+        lender = has_rows.index(1)
+        lent = strategy.broadcast(move_data_to_device(batch, "cpu") if rank == lender else None, src=lender)
+        return strategy.batch_to_device(lent, self.device) if self.is_lent else batch
+
+    def agree(self, wanted: bool) -> bool:
+        """Whether to run layers once more: where they are sharded, if any process wants to, and else as this one wants."""
+        return self.trainer.strategy.reduce_boolean_decision(wanted, all=False) if is_sharded(self.model) else wanted
+
+    def offer_all(self, total: Tensor | None, batch: Batch) -> Tensor | None:
+        """The loss of a batch, with a gradient for whatever others wait for; None: it has none."""
+        if not self.is_lent:
+            self._used |= used_parts(self.model, batch)
+        if self.device_mesh is not None:
+            return torch.zeros((), device=self.device, requires_grad=True) if total is None else total
+        return touch_idle_parts(total, self.model, batch) if self.trainer.world_size > 1 else total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Completes the gradients, and takes away those of parts that no process used in the step, as on one device.
+
+        To an optimizer with a memory a gradient of 0 is not the same as none.
+        """
+        if self.trainer.world_size > 1:
+            parts, used, self._used = self.model.parts(), self._used, set()
+            own = torch.tensor([name in used for name in parts], dtype=torch.int32, device=self.trainer.strategy.root_device)
+            for part, number in zip(parts.values(), self.trainer.strategy.reduce(own, reduce_op="sum").tolist(), strict=True):
+                if not number:
+                    for _, weight in part.own_named_parameters():
+                        weight.grad = None
+        if self.device_mesh is not None:
+            add_up_own_heads(self.model.language_model, self.device_mesh)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the gradients, also where a device has but a share of some of them."""
+        if self.device_mesh is None or not gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        if gradient_clip_algorithm == "value":
+            for gradient in (local(weight.grad) for weight in weights if weight.grad is not None):
+                gradient.clamp_(-gradient_clip_val, gradient_clip_val)
+        else:
+            clip_norm(weights, gradient_clip_val)

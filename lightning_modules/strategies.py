@@ -1,0 +1,151 @@
+"""Strategies for models that do not fit on one device."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+
+from models.manifest import Manifest, fault, file_sums, publish, temporary_name
+from models.spread import spread_like, whole
+
+METADATA = "meta.pt"
+"""Lightning's name for what is no tensor, in a checkpoint that is a folder."""
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 and tensor parallelism by torch, whose checkpoints hold what those of one device hold.
+
+    What is spread how, and over which devices, is said in `models.parallel`. A checkpoint is one file, as on one device: a run
+    goes on from it with any strategy and any number of devices.
+
+    Args:
+        data_parallel_size: Groups of devices that read rows of their own, over which layers are sharded; auto: as many as there
+            can be.
+        tensor_parallel_size: Devices of a group, which split each layer between them; auto: those of a machine.
+        save_distributed_checkpoint: Write a folder to which each process adds its shard, instead of one file that the first
+            process gathers. Any number of processes can go on from it; to use or evaluate the model, or to start another run of
+            it, make it one file: `python -m lightning.fabric.utilities.consolidate_checkpoint <folder>`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: Literal["auto"] | int = 1,
+        save_distributed_checkpoint: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, *args, **kwargs)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def setup_environment(self) -> None:
+        """Settles the sizes, of which Lightning would make `auto` the number of machines.
+
+        Raises:
+            ValueError: They do not fit the number of devices.
+        """
+        devices = self.num_nodes * self.num_processes
+        split = self.num_processes if self._tensor_parallel_size == "auto" else self._tensor_parallel_size
+        groups = devices // split if self._data_parallel_size == "auto" else self._data_parallel_size
+        if groups * split != devices:
+            raise ValueError(
+                f"trainer.strategy: {devices} devices cannot be {groups} groups (data_parallel_size) of {split} "
+                "(tensor_parallel_size): the product must be the number of devices"
+            )
+        self._tensor_parallel_size, self._data_parallel_size = split, groups
+        super().setup_environment()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of the model: shards, or on the first process whole tensors, and nothing on the others."""
+        state = self._saved()
+        return state if self._save_distributed_checkpoint else self._gathered(state)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state of an optimizer, in the same way."""
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        state = optimizer.state_dict()
+        tensors = {number: self._gathered(values) for number, values in state["state"].items()}
+        return {**state, "state": tensors}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Writes a file, or a folder under a temporary name that is then renamed, with its manifest."""
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path = Path(self.broadcast(filepath))
+        temporary, step, run_id = temporary_name(path), checkpoint.get("global_step", 0), checkpoint.get("wandb_run_id")
+        if self.is_global_zero:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.barrier()
+        super().save_checkpoint(checkpoint, temporary, storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            publish(path, Manifest(step, file_sums(temporary, path.name), run_id))
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint of any strategy that is a file, or a folder of shards of any number of processes.
+
+        Raises:
+            ValueError: It is damaged, or no checkpoint of ours.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if not path.is_dir():
+            return self.checkpoint_io.load_checkpoint(path)
+        if problem := self.broadcast(fault(path) if self.is_global_zero else ""):
+            raise ValueError(f"{path} is not what its manifest says: {problem}. Take another checkpoint of the run")
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+        assert self.model is not None
+        shards: dict[str, Any] = {"state_dict": {name.removeprefix("model."): x for name, x in self._saved().items()}}
+        for number, optimizer in enumerate(self.optimizers):
+            shards[f"optimizer_{number}"] = get_optimizer_state_dict(self.model, optimizer)
+        dcp.load(shards, checkpoint_id=path)
+        for number, optimizer in enumerate(self.optimizers):
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=shards[f"optimizer_{number}"])
+        checkpoint: dict[str, Any] = torch.load(path / METADATA, map_location="cpu", weights_only=True)
+        return checkpoint | {"state_dict": shards["state_dict"], "optimizer_states": []}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Spreads the weights of a checkpoint."""
+        assert self.lightning_module is not None
+        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Spreads the state of optimizers; of a folder there is none left to be spread."""
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            state = {
+                number: {
+                    name: spread_like(value, weight) if isinstance(value, Tensor) and value.shape == weight.shape else value
+                    for name, value in saved["state"][number].items()
+                }
+                for number, weight in zip(numbers, weights, strict=True)
+                if number in saved["state"]
+            }
+            optimizer.load_state_dict({**saved, "state": state})
+
+    def _saved(self) -> dict[str, Any]:
+        module = cast("Any", self.lightning_module)
+        state = module.model.state_dict()
+        return {f"model.{name}": state[name] for name in sorted(module.saved_names())}
+
+    def _gathered(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """On the first process all tensors whole, on the CPU; the others help, and keep nothing."""
+        gathered = {}
+        for name, value in state.items():
+            full = whole(value) if isinstance(value, Tensor) else value
+            if self.is_global_zero:
+                gathered[name] = full.cpu() if isinstance(full, Tensor) else full
+        return gathered

@@ -1,0 +1,227 @@
+"""Models spread over two processes learn what one process learns: losses and weights are the same, with rows of any kinds."""
+
+import runpy
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+from encoders.tuning import LoRA, Tune
+from lightning_modules.checkpoints import CheckpointFile, RunCheckpoint
+from lightning_modules.multimodal import MultiModalLitModule
+from lightning_modules.strategies import ShardedStrategy
+from models.checkpoint import read_checkpoint
+from models.language import LanguageModel
+from models.multimodal import MultiModalModel
+from models.spread import whole
+from tests.lightning_modules.media_fakes import make_all, write_media_rows
+from tests.lightning_modules.processes import MakeStrategy, ddp, in_two_processes
+from tests.lightning_modules.run_fakes import Watch, make_data, make_trainer
+
+LORA = Tune(mode="lora", lora=LoRA(target_modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")))
+KINDS = ("i", "", "va", "i", "a", "", "iv", "a", "", "")
+"""Of rows, which two processes take in turn: in most batches they have media of other kinds."""
+
+
+def sharded(timeout: timedelta, tensor_parallel_size: int = 1, folder: bool = False) -> Strategy:
+    return ShardedStrategy(
+        tensor_parallel_size=tensor_parallel_size,
+        save_distributed_checkpoint=folder,
+        process_group_backend="gloo",
+        timeout=timeout,
+    )
+
+
+fsdp, split = partial(sharded, tensor_parallel_size=1), partial(sharded, tensor_parallel_size=2)
+
+
+def momentum(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+
+
+def steady(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def all_weights(module: MultiModalLitModule) -> dict[str, Tensor]:
+    return {name: whole(tensor).detach().clone() for name, tensor in module.model.state_dict().items()}
+
+
+@pytest.fixture
+def train(tiny_llm: Path, tiny_clip: Path, tiny_whisper: Path, tmp_path: Path) -> Callable[..., None]:
+    """`train(folder, trainer_options, batch_size, ...)`: fits a model of all modalities; keeps losses, metrics and weights."""
+    rows = write_media_rows(tmp_path / "rows.jsonl", KINDS)
+
+    def job(
+        folder: Path,
+        trainer_options: dict[str, Any],
+        batch_size: int,
+        llm: Path = tiny_llm,
+        tune: Tune = LORA,
+        resume: Path | None = None,
+        bad: bool = False,
+        **more: Any,
+    ) -> None:
+        torch.manual_seed(4)
+        language_model = LanguageModel(str(llm), tune=tune)
+        module = make_all(llm, tiny_clip, tiny_whisper, language_model=language_model, optimizer=momentum, lr_scheduler=steady)
+        path = rows
+        if bad:  # the second process has no usable row in its second batch
+            lines = rows.read_text().splitlines()
+            lines[3] = "{}"
+            path = rows.with_name("bad.jsonl")
+            path.write_text("\n".join(lines) + "\n")
+        losses: list[Tensor] = []
+
+        def look(trainer: Any, module: Any) -> None:
+            if trainer.global_step > len(losses) + start:
+                losses.append(trainer.callback_metrics["train/loss"].clone())
+
+        start = 0 if resume is None else 3
+        data = make_data(
+            module, path, batch_size=batch_size, val_path=str(path), eval_batch_size=2, max_skipped=0.5, shuffle=False
+        )
+        callbacks = [Watch(look), RunCheckpoint(every_n_train_steps=3)]
+        options = {"gradient_clip_val": 0.2, "plugins": [CheckpointFile()], **trainer_options, **more}
+        trainer = make_trainer(folder, *callbacks, **options)
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
+        folder.mkdir(exist_ok=True)
+        torch.save([all_weights(module), losses, metrics], folder / f"{trainer.global_rank}.pt")
+
+    return job
+
+
+def same(folder: Path, other: Path, error: float = 1e-6, first_step: int = 0) -> None:
+    expected, all_losses, metrics = torch.load(folder / "0.pt", weights_only=True)
+    losses = all_losses[first_step:]
+    for rank in range(2):
+        got, own_losses, own_metrics = torch.load(other / f"{rank}.pt", weights_only=True)
+        assert len(losses) > 1 and losses[0] != losses[1]
+        assert torch.allclose(torch.stack(losses), torch.stack(own_losses), atol=5 * error, rtol=0)
+        assert got.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.allclose(got[name], tensor, atol=error, rtol=0), f"{name} {(got[name] - tensor).abs().max():.1e}"
+        for name in ("val/loss", "val/exact_match"):
+            assert own_metrics[name] == pytest.approx(metrics[name], abs=10 * error), name
+
+
+@pytest.mark.parametrize(
+    ("strategy", "batch_size", "error"),
+    [
+        pytest.param(fsdp, 1, 1e-6, id="fsdp"),
+        pytest.param(ddp, 1, 1e-6, id="ddp", marks=pytest.mark.slow),
+        pytest.param(split, 2, 1e-5, id="split", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_learn_what_one_learns(
+    train: Callable[..., None], tmp_path: Path, strategy: MakeStrategy, batch_size: int, error: float
+) -> None:
+    train(tmp_path / "one", {}, batch_size=2)
+    assert in_two_processes(train, tmp_path / "two", strategy=strategy, batch_size=batch_size) == [0, 0]
+    same(tmp_path / "one", tmp_path / "two", error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "batch_size"), [(ddp, 1), (fsdp, 1), (split, 2)], ids=["ddp", "fsdp", "split"])
+@pytest.mark.parametrize("case", ["accumulate", "bad", "value", "precise"])
+def test_so_they_do_in_other_ways(
+    train: Callable[..., None], tmp_path: Path, strategy: MakeStrategy, batch_size: int, case: str
+) -> None:
+    """With batches accumulated; with a process whose batch has no row; clipped by value; not clipped, by another optimizer."""
+    options: dict[str, dict[str, Any]] = {
+        "accumulate": {"accumulate_grad_batches": 2},
+        "bad": {"bad": True},
+        "value": {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"},
+        "precise": {"gradient_clip_val": None, "max_epochs": 2},
+    }
+    train(tmp_path / "one", {}, batch_size=2, **options[case])
+    assert in_two_processes(train, tmp_path / "two", strategy=strategy, batch_size=batch_size, **options[case]) == [0, 0]
+    same(tmp_path / "one", tmp_path / "two", 1e-5 if strategy is split else 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "granite"])
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_families_are_split(
+    train: Callable[..., None], model_folder: Callable[[str], Path], tmp_path: Path, family: str, mode: str
+) -> None:
+    options = {"llm": model_folder(family), "tune": LORA if mode == "lora" else Tune(mode="full")}
+    train(tmp_path / "one", {}, batch_size=2, **options)
+    assert in_two_processes(train, tmp_path / "two", strategy=split, batch_size=2, **options) == [0, 0]
+    same(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "gptj"])
+def test_layers_of_any_family_are_sharded(
+    train: Callable[..., None], model_folder: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    """In full: the embeddings are tied to the head."""
+    options = {"llm": model_folder(family), "tune": Tune(mode="full")}
+    train(tmp_path / "one", {}, batch_size=2, **options)
+    assert in_two_processes(train, tmp_path / "two", strategy=fsdp, batch_size=1, **options) == [0, 0]
+    same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_layers_are_split_and_sharded(train: Callable[..., None], tmp_path: Path) -> None:
+    train(tmp_path / "one", {}, batch_size=2)
+    assert in_two_processes(train, tmp_path / "four", strategy=split, number=4, batch_size=1) == [0, 0, 0, 0]
+    same(tmp_path / "one", tmp_path / "four", 1e-5)
+
+
+HOW: dict[str, tuple[MakeStrategy | None, int]] = {
+    "one": (None, 2),
+    "fsdp": (fsdp, 1),
+    "split": (split, 2),
+    "fsdp_folder": (partial(fsdp, folder=True), 1),
+    "split_folder": (partial(split, folder=True), 2),
+}
+"""By name a strategy, and the rows of a batch on each process."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("fsdp", "fsdp"), ("one", "fsdp"), ("fsdp", "one"), ("fsdp", "split"), ("fsdp_folder", "split"), ("split_folder", "fsdp")],
+)
+def test_a_run_goes_on_with_another_strategy(train: Callable[..., None], tmp_path: Path, first: str, then: str) -> None:
+    def run(name: str, folder: Path, **options: Any) -> None:
+        strategy, batch_size = HOW[name]
+        if strategy is None:
+            train(folder, {}, batch_size=batch_size, **options)
+            (folder / "1.pt").symlink_to(folder / "0.pt")
+        else:
+            assert in_two_processes(train, folder, strategy=strategy, batch_size=batch_size, **options) == [0, 0]
+
+    train(tmp_path / "whole", {}, batch_size=2, max_steps=5)
+    run(first, tmp_path / "first", max_steps=3)
+    checkpoint = tmp_path / "first/checkpoints/last.ckpt"
+    assert checkpoint.is_dir() == first.endswith("folder")
+    assert not list(checkpoint.parent.glob(".*"))
+    run(then, tmp_path / "then", resume=checkpoint, max_steps=5)
+    same(tmp_path / "whole", tmp_path / "then", 1e-5 if "split" in first + then else 1e-6, first_step=3)
+
+
+@pytest.mark.slow
+def test_a_folder_of_shards_becomes_one_file(train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command that `ShardedStrategy` names: from the file the model is made again, with the weights of the run."""
+    from lightning.fabric.utilities import consolidate_checkpoint
+
+    folder = partial(fsdp, folder=True)
+    assert in_two_processes(train, tmp_path / "two", strategy=folder, batch_size=1, max_steps=3) == [0, 0]
+    path = tmp_path / "two/checkpoints/last.ckpt"
+    with pytest.raises(ValueError, match="consolidate_checkpoint"):
+        read_checkpoint(path)
+    monkeypatch.setattr("sys.argv", ["consolidate_checkpoint", str(path)])
+    runpy.run_module(consolidate_checkpoint.__name__, run_name="__main__")
+    model = MultiModalModel.from_checkpoint(path.with_suffix(".ckpt.consolidated"))
+    weights, *_ = torch.load(tmp_path / "two/0.pt", weights_only=True)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
