@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from encoders.recompute import recompute_blocks
+
 if TYPE_CHECKING:
     from peft import LoraConfig
 
@@ -23,6 +25,9 @@ class LoRA:
         target_modules: Names of the linear layers to adapt, matched at the end of a module's full name.
         use_dora: Split the weight into magnitude and direction (Liu et al. 2024, arXiv 2402.09353).
         use_rslora: Rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).
+        init: `pissa` starts at the largest singular values of the weights, and takes these out of the frozen ones (Meng et al.
+            2024, arXiv 2404.02948): the start is the same, but without its adapters the model is none that anybody trained. They
+            are computed anew when a run goes on; a machine that rounds them differently is refused. None: an update of 0.
     """
 
     r: int = 8
@@ -31,6 +36,7 @@ class LoRA:
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
     use_dora: bool = False
     use_rslora: bool = False
+    init: Literal["pissa"] | None = None
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -50,11 +56,14 @@ class Tune:
             float32, whatever the part's `dtype`: at usual learning rates most steps are too small to move a bfloat16 weight.
         lr: Learning rate of this part, where it is trained; None takes the optimizer's own.
         lora: The adapters, where `mode` is `lora`.
+        activation_checkpointing: Keep the inputs of the part's blocks alone, and compute the rest again in the backward pass: the
+            same numbers for a third more time and far less memory. Of use to a frozen part too, where gradients pass it.
     """
 
     mode: Literal["frozen", "lora", "full"] = "full"
     lr: float | None = None
     lora: LoRA = field(default_factory=LoRA)
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.lr is not None and self.lr <= 0:
@@ -77,16 +86,21 @@ def apply_tune(tune: Tune, module: nn.Module, part: str, but: Collection[str] = 
         but: Names of modules within it that get no adapters.
 
     Raises:
-        ValueError: `lora.target_modules` matches no layer, or one that cannot be adapted.
+        ValueError: `lora.target_modules` matches no layer, or one that cannot be adapted, or there are no blocks whose
+            activations could be computed again.
     """
     module.requires_grad_(tune.mode == "full")
     if tune.mode == "full":
         module.to(torch.float32)
-    if tune.mode != "lora":
-        return
+    if tune.mode == "lora":
+        _add_adapters(tune.lora, module, part, but)
+    if tune.activation_checkpointing:
+        recompute_blocks(module, part, but)
+
+
+def _add_adapters(lora: LoRA, module: nn.Module, part: str, but: Collection[str]) -> None:
     from peft import inject_adapter_in_model  # 5 CPU-seconds to import: only where it is used
 
-    lora = tune.lora
     spared = tuple(f"{name}." for name in but)
     layers = {name: layer for name, layer in module.named_modules() if not f"{name}.".startswith(spared)}
     for target in lora.target_modules:
@@ -126,6 +140,7 @@ def lora_config(lora: LoRA, layers: Collection[str], but: Collection[str] = ()) 
         exclude_modules="|".join(rf"{re.escape(name)}(\..*)?" for name in but) or None,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
+        init_lora_weights=lora.init or True,
     )
     config._register_custom_module({nn.Linear: lora_linear})  # type: ignore[dict-item]  # PEFT calls it, and takes None for a no
     return config

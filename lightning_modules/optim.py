@@ -1,9 +1,12 @@
-"""What the optimizer gets: groups of parameters by part, and the schedule of their learning rates."""
+"""What the optimizer gets: groups of parameters by part, clipped gradients, and the schedule of their learning rates."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -47,6 +50,19 @@ def parameter_groups(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
             "Set tune.mode to lora or full for at least one part"
         )
     return groups
+
+
+def clip_gradients(module: LightningModule, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
+    """Clips gradients as `trainer.gradient_clip_val` asks for, also those of a fused optimizer.
+
+    Lightning refuses a fused one in every mixed precision, since it may take the scale off gradients itself; in bf16-mixed they
+    have none.
+    """
+    plugin = module.trainer.precision_plugin
+    if value and isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+        Precision.clip_gradients(plugin, optimizer, value, GradClipAlgorithmType(algorithm or "norm"))
+    else:
+        module.clip_gradients(optimizer, value, algorithm)
 
 
 class WarmupCosine(LRScheduler):

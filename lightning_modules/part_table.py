@@ -12,6 +12,7 @@ from torch import nn
 
 from encoders.base import Part
 from lightning_modules.run_folder import run_folder, write_text
+from models.stored import num_weights, stored_type
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -78,12 +79,12 @@ def _describe(name: str, part: Part, groups: list[dict[str, Any]]) -> dict[str, 
     ]
     dtypes: Counter[str] = Counter()
     for parameter in parameters:
-        dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+        dtypes[stored_type(parameter)] += num_weights(parameter)
     return {
         "part": name,
         "class": part.class_name,
         "mode": part.tune.mode,
-        "parameters": sum(parameter.numel() for parameter in parameters),
+        "parameters": sum(num_weights(parameter) for parameter in parameters),
         "trainable": sum(parameter.numel() for parameter in trainable),
         "lr": max(rates) if rates else part.tune.lr if trainable else None,
         "dtype": " + ".join(dtype for dtype, _ in dtypes.most_common()),

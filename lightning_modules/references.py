@@ -200,7 +200,9 @@ def default_reference(model: MultiModalModel, warm_started: Collection[str]) -> 
     """
     if _full_parts(model):
         return FrozenCopy()
-    return SecondAdapter() if any("lora_" in name for name in warm_started) else AdapterOff()
+    has_begun = any("lora_" in name for name in warm_started)
+    changes_frozen = any(part.tune.mode == "lora" and part.tune.lora.init is not None for part in model.parts().values())
+    return SecondAdapter() if has_begun or changes_frozen else AdapterOff()
 
 
 def _logps(

@@ -7,6 +7,7 @@ from torch import Tensor
 from datamodules.batch import Batch
 from lightning_modules.idle_parts import touch_idle_parts, used_parts
 from lightning_modules.measuring import MeasuringLitModule
+from lightning_modules.optim import clip_gradients
 from models.multimodal import MultiModalModel
 from models.parallel import add_up_own_heads, gather, is_sharded, parallelize
 from models.spread import clip_norm, local
@@ -99,7 +100,7 @@ class SpreadLitModule(MeasuringLitModule):
     ) -> None:
         """Clips the gradients, also where a device has but a share of some of them."""
         if self.device_mesh is None or not gradient_clip_val:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         if gradient_clip_algorithm == "value":

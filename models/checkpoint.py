@@ -146,7 +146,8 @@ def load_saved(
     if other := other_bases(model, expected, wanted):
         raise ValueError(
             f"the frozen weights of {' and '.join(other)} are not those that the checkpoint was trained with: what was trained "
-            "beside them would not fit. Point the part at the same model as in training"
+            "beside them would not fit. Point the part at the same model as in training, quantised in the same way; with "
+            "tune.lora.init pissa, which computes them, go on with a machine of the same kind"
         )
     model.load_state_dict({name: spread_like(tensor, own[name]) for name, tensor in state.items()}, strict=False)
 
@@ -163,13 +164,14 @@ def other_bases(model: "MultiModalModel", expected: Mapping[str, str], held: Ite
 
 
 ELSEWHERE = {
-    *("name_or_path", "checkpoint_path", "pretrained", "dtype", "attn_implementation", "trust_remote_code"),
+    *("name_or_path", "checkpoint_path", "pretrained", "dtype", "compute_dtype", "quantize"),
+    *("attn_implementation", "trust_remote_code"),
     *("image_resize", "video_resize"),
 }
 """Options that say where weights come from or how they are computed, which their fingerprints judge, or how big the media are
 that a ready model is shown, which the processor's fingerprint judges."""
 
-HOW_FAST = {"tune.lr", "tune.lora.dropout", "tune.mode"}
+HOW_FAST = {"tune.lr", "tune.lora.dropout", "tune.mode", "tune.activation_checkpointing"}
 """Options of training that do not change what a checkpoint's weights compute."""
 
 

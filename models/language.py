@@ -4,7 +4,6 @@ Shape suffixes: B rows, T positions, D hidden size, V vocabulary.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,41 +17,12 @@ from encoders.tuning import Tune
 from models.attention_blocks import use_blocks
 from models.attention_mask import attention_inputs
 from models.branches import can_branch, can_pack
+from models.generation import Generation
 from models.lean import make_lean
+from models.stored import Quantize, check_quantised, compute_wide, quantization
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Generation:
-    """How answers are decoded, by Hugging Face's `generate`.
-
-    Args:
-        max_new_tokens: Length of an answer, in tokens, end token included.
-        temperature: 0 is greedy decoding; above 0 the logits are divided by it and a token is drawn.
-        top_p: Draw from the fewest tokens whose probabilities sum to this.
-        top_k: Draw from this many likeliest tokens; 0 is all.
-        repetition_penalty: Above 1 makes tokens of the answer so far less likely.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"generation.max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise ValueError(f"generation.temperature must be 0 (greedy) or above, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"generation.top_p is a sum of probabilities, in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"generation.top_k is a number of tokens, or 0 for all, got {self.top_k}")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"generation.repetition_penalty must be above 0, got {self.repetition_penalty}; 1 is none")
 
 
 class LanguageModel(Part):
@@ -61,7 +31,11 @@ class LanguageModel(Part):
     Args:
         name_or_path: Name on the hub, or a folder with `config.json`.
         pretrained: Load the weights; False draws random ones for the configuration, for tests.
-        dtype: Type of the frozen weights; what trains is float32.
+        dtype: Type of the frozen weights, in which they compute where there is no autocast; what trains is float32.
+        compute_dtype: `float32` computes in it with frozen weights that stay in `dtype`, each widened while it is used: the
+            numbers of `dtype float32` in half of its memory, of a checkpoint that is bfloat16.
+        quantize: Store the frozen linear layers, but not the head, in fewer bits, by bitsandbytes, beside adapters: `nf4` is
+            QLoRA with double quantisation, 4.1 bits a weight, `int8` LLM.int8(). They compute in `compute_dtype`, or `dtype`.
         attn_implementation: Attention kernel, as transformers names it; None: sdpa where the model has it, else eager.
         trust_remote_code: Run Python code that comes with the checkpoint. Read that code first.
         tune: What is trained, LoRA on q_proj and v_proj by default.
@@ -72,6 +46,8 @@ class LanguageModel(Part):
         name_or_path: str,
         pretrained: bool = True,
         dtype: DType = "float32",
+        compute_dtype: Literal["float32"] | None = None,
+        quantize: Quantize | None = None,
         attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None,
         trust_remote_code: bool = False,
         tune: Tune = Tune(mode="lora"),
@@ -80,8 +56,22 @@ class LanguageModel(Part):
         self.name_or_path = name_or_path
         self.pretrained = pretrained
         self.dtype = dtype
+        self.compute_dtype = compute_dtype
+        self.quantize = quantize
+        self._check_quantize()
         self.attn_implementation = attn_implementation
         self.trust_remote_code = trust_remote_code
+
+    def _check_quantize(self) -> None:
+        if self.quantize is None:
+            return
+        for is_so, problem in (
+            (self.tune.mode == "full", "tune.mode full would train them: set tune.mode to lora"),
+            (self.tune.lora.init == "pissa", "tune.lora.init pissa changes them: set it to null"),
+            (not self.pretrained, "pretrained false draws them, and no checkpoint can hold them so: set quantize to null"),
+        ):
+            if is_so:
+                raise ValueError(f"language_model.quantize {self.quantize} stores frozen weights in fewer bits, but {problem}")
 
     @property
     def has_source(self) -> bool:
@@ -120,6 +110,8 @@ class LanguageModel(Part):
         self.model.generation_config = GenerationConfig()  # `generate` would fill from the checkpoint's own what we leave open
         make_lean(self.model)
         use_blocks(self.model)
+        if self.compute_dtype is not None and self.dtype != self.compute_dtype and self.tune.mode != "full":
+            compute_wide(self.model)
         self.apply_tune(self.model)
         self._check_head()
 
@@ -132,6 +124,9 @@ class LanguageModel(Part):
             "attn_implementation": self.attn_implementation,
             "trust_remote_code": self.trust_remote_code,
         }
+        if self.quantize is not None:
+            compute_dtype = DTYPES[self.compute_dtype or self.dtype]
+            options["quantization_config"] = quantization(self.quantize, compute_dtype, self._kept_whole(kind))
         try:
             if not self.pretrained:
                 return kind.from_config(self.config, **options)
@@ -141,6 +136,8 @@ class LanguageModel(Part):
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(_not_found(self.name_or_path, error)) from error
         model, report = loaded
+        if self.quantize is not None:
+            check_quantised(model)
         if wrong := misfits(report):
             raise ValueError(
                 f"language_model.name_or_path: the weights in {self.name_or_path} do not fit its config.json "
@@ -148,6 +145,10 @@ class LanguageModel(Part):
                 "Give a folder whose weights are whole"
             )
         return model
+
+    def _kept_whole(self, kind: Any) -> list[str] | None:
+        """Names of modules that are not quantised; None: the head."""
+        return None
 
     @property
     def decoder_layers(self) -> nn.ModuleList:

@@ -6,6 +6,7 @@ norms. Here each block is one operation that keeps its inputs alone and computes
 Shape suffixes: D width.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -52,11 +53,11 @@ class RMSNorm(nn.Module):
 def make_lean(model: nn.Module) -> int:
     """Puts `GatedMLP` and `RMSNorm` in the place of the modules of a model that compute the same.
 
-    A module is known by its parts, and then asked: only one that gives the same for random input is replaced. The layers, their
-    names and their weights stay what they are.
+    A module is known by its parts, and then asked: only one that gives the same for random input is replaced. The layers, which
+    may be quantised, their names and their weights stay what they are.
 
     Args:
-        model: A model of transformers with its weights.
+        model: A model of transformers.
 
     Returns:
         How many modules were replaced.
@@ -69,7 +70,7 @@ def make_lean(model: nn.Module) -> int:
         if lean is None:
             continue
         if type(child) not in verdicts:
-            verdicts[type(child)] = _computes_the_same(child, lean)
+            verdicts[type(child)] = _computes_the_same(child)
         if verdicts[type(child)]:
             lean.train(child.training)
             parent.register_module(name, lean)
@@ -88,13 +89,30 @@ def _lean(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def _computes_the_same(module: nn.Module, lean: nn.Module) -> bool:
-    weight = next(module.parameters())
-    if weight.is_meta or any(_has_hooks(part) for part in module.modules()):
+def _computes_the_same(module: nn.Module) -> bool:
+    """Tries a small copy of a module, with weights of its own: those of the module may be large, packed, or not there."""
+    if any(_has_hooks(part) for part in module.modules()):
         return False
     generator = torch.Generator().manual_seed(0)
-    x_1D = torch.randn(3, weight.shape[-1], generator=generator).to(weight)
-    ours, theirs = lean(x_1D), module(x_1D)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    small: dict[int, Any] = {}  # what takes the place of what in the copy
+    weight = next(module.parameters())
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    for child in module.children():
+        if any(True for _ in child.parameters()):
+            small[id(child)] = nn.Linear(8, 8, bias=False, device="cpu", dtype=dtype)
+            small[id(child)].weight.copy_(draw(8, 8))
+    if not small:
+        small[id(weight)] = nn.Parameter(draw(8).to(dtype))
+    with torch.device("cpu"):
+        copied = copy.deepcopy(module, small)
+    lean = _lean(copied)
+    assert lean is not None
+    x_1D = draw(3, 8).to(dtype)
+    ours, theirs = lean(x_1D), copied(x_1D)
     return torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
 
 

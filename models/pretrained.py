@@ -64,6 +64,8 @@ class PretrainedMLLM(LanguageModel):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.vision_tune, self.audio_tune, self.projector_tune = vision_tune, audio_tune, projector_tune
+        if self.compute_dtype is not None and self._has_full_parts:
+            raise ValueError("language_model.compute_dtype is for frozen weights: set it to null where a part's mode is full")
         self.projector_modules = projector_modules
         self.sampling = sampling
         self.image_resize, self.video_resize = image_resize, video_resize
@@ -172,7 +174,7 @@ class PretrainedMLLM(LanguageModel):
         """
         fixed = [parameter for parameter in module.parameters() if not parameter.requires_grad]  # such as sinusoids
         fixed += self.model.base_model.parameters(recurse=False)  # such as the newline between rows of an image
-        self._views = self._find_parts()
+        self._views = self._find_parts(self.model)
         apply_tune(self.tune, module, "language_model", but=[name.removeprefix("model.") for name in self._views])
         for name, view in flat(self._views):
             apply_tune(view.tune, view.module, name, but=[*view.nested_parts()])
@@ -192,9 +194,19 @@ class PretrainedMLLM(LanguageModel):
         for view in views:
             view.cast_inputs()
 
-    def _find_parts(self) -> "dict[str, View]":
+    def _kept_whole(self, kind: Any) -> list[str] | None:
+        """The head, the towers and what lies between them and the language part, which alone is quantised."""
+        from transformers import AutoModelForMultimodalLM
+
+        with torch.device("meta"):
+            model = AutoModelForMultimodalLM.from_config(self.config)
+        head = model.get_output_embeddings()
+        heads = [name for name, module in model.named_modules() if module is head]
+        return [*heads, *(name.removeprefix("model.") for name in self._find_parts(model))]
+
+    def _find_parts(self, model: "PreTrainedModel") -> "dict[str, View]":
         """The towers and what lies between them and the language part, by their names in this module."""
-        model, base = self.model, self.model.base_model
+        base = model.base_model
         names = {module: f"model.{name}" for name, module in model.named_modules()}
         towers: dict[nn.Module, View] = {}
         for option, modality, tune, kinds in (

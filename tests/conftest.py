@@ -67,6 +67,8 @@ def _config(family: str) -> Any:
     match family:
         case "llama":
             return hf.LlamaConfig(**LLAMA)
+        case "llama_64":  # as wide as a block of NF4
+            return hf.LlamaConfig(**LLAMA | {"hidden_size": 64, "intermediate_size": 128})
         case "qwen2":
             return hf.Qwen2Config(**LLAMA)
         case "mistral":

@@ -44,7 +44,7 @@ def plain() -> dict[Path, dict[str, Any]]:
 def test_there_are_recipes_and_overlays() -> None:
     assert {"tiny", "demo", "image", "image_stage1"} <= {path.stem for path in RECIPES}
     names = {"full", "lora", "dora", "linear", "mlp", "pixel_shuffle", "csv", "wandb", "one_batch", "fast", "profile"}
-    names |= {"resampler", "cross_attention", "dpo", "mdpo", "kto", "simpo", "cpo", "orpo", "reward"}
+    names |= {"qlora", "pissa", "resampler", "cross_attention", "dpo", "mdpo", "kto", "simpo", "cpo", "orpo", "reward"}
     assert names <= {path.stem for path in OVERLAYS}
 
 

@@ -122,12 +122,16 @@ RECIPES: dict[str, Flags] = {
 """What to replace in each recipe."""
 
 OVERLAYS: dict[str, tuple[str, Flags]] = {
+    "adapter/qlora": ("image", SIGLIP | {"model.language_model.name_or_path": "{llama_64}"}),
     "encoder/efficientnet": (
         "demo",
         DEMO | {"model.image_encoder.model_name": "test_efficientnet", "model.image_encoder.pretrained": "false"},
     ),
 }
 """The recipe under an overlay, and what to replace in the two; the other overlays come on top of `image`."""
+
+NEEDS = {"adapter/qlora": "bitsandbytes"}
+"""What an overlay needs to be installed."""
 
 LEFT = {
     "logger/csv": "csv/version_0/metrics.csv",
@@ -190,6 +194,8 @@ def test_a_recipe_trains(recipe: str, train: Train) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAY_NAMES)
 def test_an_overlay_trains(overlay: str, train: Train) -> None:
+    if overlay in NEEDS:
+        pytest.importorskip(NEEDS[overlay])
     recipe, flags = OVERLAYS.get(overlay, ("image", RECIPES["image"]))
     folder = train([f"sft/{recipe}", overlay], flags)
     assert overlay not in LEFT or list(folder.glob(LEFT[overlay]))
@@ -224,4 +230,4 @@ def test_every_objective_trains_on_every_recipe(recipe: str, train: Train, tmp_p
 
 def test_the_table_names_only_what_there_is() -> None:
     assert set(RECIPES) == {path.stem for path in (CONFIGS / "sft").glob("*.yaml")}
-    assert {*OVERLAYS, *LEFT} <= set(OVERLAY_NAMES)
+    assert {*OVERLAYS, *NEEDS, *LEFT} <= set(OVERLAY_NAMES)

@@ -1,12 +1,16 @@
+import importlib.util
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from callback_fakes import FakeData, FakeModule, good_batch, make_trainer
+from torch import Tensor, nn
 
 from encoders.base import Part
 from encoders.tuning import Tune
-from lightning_modules.optim import WarmupCosine, parameter_groups
+from lightning_modules.optim import WarmupCosine, clip_gradients, parameter_groups
 
 
 class Gated(nn.Module):
@@ -137,3 +141,50 @@ class TestWarmupCosine:
     def test_options_out_of_range_are_refused(self, total: float, warmup: int, min_ratio: float, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             WarmupCosine(optimizer_of(1.0), total, warmup, min_ratio)
+
+
+def clipped(folder: Path, precision: Any, **options: Any) -> list[Tensor]:
+    """The weights after two steps with clipping."""
+    torch.manual_seed(2)
+
+    class Module(FakeModule):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=0.05, eps=1.0, **options)
+
+        def configure_gradient_clipping(
+            self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+        ) -> None:
+            clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    module = Module()
+    trainer = make_trainer(folder, [], precision=precision, gradient_clip_val=1e-3, max_steps=2)
+    trainer.fit(module, datamodule=FakeData([good_batch(), good_batch()]))
+    return [parameter.detach() for parameter in module.parameters()]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_fused_optimizer_is_clipped_like_another(tmp_path: Path, precision: Any) -> None:
+    fused, plain = (clipped(tmp_path, precision, fused=on) for on in (True, False))
+    for own, other in zip(fused, plain, strict=True):
+        torch.testing.assert_close(own, other)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_an_optimizer_of_8_bits_trains_nearly_like_one_of_32(tmp_path: Path) -> None:
+    from bitsandbytes.optim import AdamW8bit
+
+    generator = torch.Generator().manual_seed(7)
+    start, gradients = torch.randn(80, 80, generator=generator), torch.randn(5, 80, 80, generator=generator)
+    ends = []
+    for make in (AdamW8bit, torch.optim.AdamW):
+        weight = nn.Parameter(start.clone())
+        optimizer = make([{"name": "part", "params": [weight]}], lr=0.1)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        ends.append(weight.detach() - start)
+        if make is AdamW8bit:
+            assert optimizer.state[weight]["state1"].dtype == torch.uint8
+            torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+            torch.load(tmp_path / "state.pt", weights_only=True)
+    assert (ends[0] - ends[1]).norm() < 0.1 * ends[1].norm()
