@@ -2,6 +2,7 @@
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 
 from datamodules.batch import Batch
@@ -34,6 +35,12 @@ class SpreadLitModule(MeasuringLitModule):
         """
         if self.model.is_built:
             return
+        if self._trainer is not None and isinstance(self._trainer.strategy, DeepSpeedStrategy | FSDPStrategy):
+            raise ValueError(
+                f"trainer.strategy is {type(self._trainer.strategy).__name__}, which is not supported: it takes gradients and "
+                "checkpoints into its own hands, so a step would not be the mean over its tokens. Take "
+                "configs/strategy/fsdp.yaml, which shards the same"
+            )
         if self.device_mesh is None:
             self.build_model()
             return

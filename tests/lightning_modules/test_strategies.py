@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import Tensor
 
 from encoders.tuning import LoRA, Tune
@@ -225,3 +226,11 @@ def test_a_folder_of_shards_becomes_one_file(train: Callable[..., None], tmp_pat
     model = MultiModalModel.from_checkpoint(path.with_suffix(".ckpt.consolidated"))
     weights, *_ = torch.load(tmp_path / "two/0.pt", weights_only=True)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_other_strategies_are_refused(tiny_llm: Path) -> None:
+    module = MultiModalLitModule(LanguageModel(str(tiny_llm)))
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.trainer._accelerator_connector.strategy = FSDPStrategy()
+    with pytest.raises(ValueError, match=r"FSDPStrategy, which is not supported.*fsdp\.yaml"):
+        module.configure_model()
