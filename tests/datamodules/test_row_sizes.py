@@ -13,8 +13,13 @@ from datamodules.batch import RowError
 from datamodules.batching import Batching
 from datamodules.collate import collate
 from datamodules.dataset import MultiModalDataset
+from datamodules.prompt_options import PromptOptions
 from datamodules.row_sizes import row_sizes
+from lightning_modules.processors import make_processor
+from models.multimodal import MultiModalModel
+from models.pretrained import PretrainedMLLM
 from tests.datamodules.loader_fakes import write_rows
+from tests.lightning_modules.media_fakes import make_all, write_media_rows
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +57,20 @@ def test_sizes_are_those_of_the_examples(dataset, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("a picture was decoded"))
     sizes = row_sizes(dataset, num_workers=0)
     assert [*zip(sizes.tokens_R.tolist(), sizes.encoded_R.tolist(), strict=True)] == expected
+
+
+@pytest.mark.parametrize("family", ["own parts", "qwen2_5_vl", "qwen2_audio"])
+def test_sizes_of_pictures_clips_and_sounds_are_those_of_the_processor(family, tmp_path, model_folder, tiny_llm, tiny_clip):
+    kinds = ["a", "", "aa"] if family == "qwen2_audio" else ["i", "v", "", "iv", "ii"]
+    if family == "own parts":
+        model, kinds = make_all(tiny_llm, tiny_clip, model_folder("whisper")).model, [*kinds, "a", "iva"]
+    else:
+        model = MultiModalModel(PretrainedMLLM(name_or_path=str(model_folder(family))))
+    processor = make_processor(model, PromptOptions(max_length=4096))
+    dataset = MultiModalDataset(str(write_media_rows(tmp_path / "rows.jsonl", kinds)), str(tmp_path), processor)
+    sizes = row_sizes(dataset, num_workers=0)
+    assert sizes.tokens_R.tolist() == [len(dataset[row].tokens) for row in range(len(kinds))]
+    assert [encoded > 0 for encoded in sizes.encoded_R.tolist()] == [kind != "" for kind in kinds]
 
 
 def test_they_are_found_again_and_not_where_something_changed(dataset, cache_home, monkeypatch):
