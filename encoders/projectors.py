@@ -47,6 +47,8 @@ class MLPProjector(Projector):
         activation: `gelu` is the exact one, `gelu_tanh` its approximation.
         norm: Normalise the features first (LayerNorm).
         hidden_size: Width between the layers; None: the language model's.
+        out_rms: Normalise the embeddings (RMSNorm with weights) so that they begin with this root mean square; None: they are as
+            large as the last layer makes them, which grows in training, the faster the wider the features are.
         tune: What of the projector is trained.
     """
 
@@ -56,15 +58,19 @@ class MLPProjector(Projector):
         activation: Activation = "gelu",
         norm: bool = False,
         hidden_size: int | None = None,
+        out_rms: float | None = None,
         tune: Tune = _FULL,
     ) -> None:
         super().__init__(tune)
         if depth < 1:
             raise ValueError(f"depth is the number of linear layers and must be at least 1, got {depth}")
+        if out_rms is not None and not 0 < out_rms < math.inf:
+            raise ValueError(f"out_rms is the root mean square of an embedding's numbers and must be above 0, got {out_rms}")
         self.depth = depth
         self.activation = activation
         self.norm_features = norm
         self.hidden_size = hidden_size
+        self.out_rms = out_rms
 
     def build(self, in_features: int, out_features: int) -> None:
         hidden = self.hidden_size or out_features
@@ -72,6 +78,10 @@ class MLPProjector(Projector):
         self.norm = nn.LayerNorm(in_features, dtype=torch.float32) if self.norm_features else nn.Identity()
         for index in range(self.depth):
             self.add_module(f"linear_{index + 1}", nn.Linear(widths[index], widths[index + 1], dtype=torch.float32))
+        self.out_norm: nn.Module = nn.Identity()
+        if self.out_rms is not None:
+            self.out_norm = nn.RMSNorm(out_features, dtype=torch.float32)
+            nn.init.constant_(self.out_norm.weight, self.out_rms)
         self.apply_tune(self)
 
     def num_tokens(self, num_features: int) -> int:
@@ -83,7 +93,7 @@ class MLPProjector(Projector):
             if index > 0:
                 hidden_BND = _activate(hidden_BND, self.activation)
             hidden_BND = self.get_submodule(f"linear_{index + 1}")(hidden_BND)
-        return hidden_BND, mask_BN
+        return self.out_norm(hidden_BND), mask_BN
 
 
 class PixelShuffleMLPProjector(MLPProjector):

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from demo.data import prepare_all
-from demo.scores import TASKS, missed, scores_of, summary
+from demo.scores import TASKS, below_goal, failed, scores_of, summary
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,12 +45,19 @@ def test_scores_are_those_of_the_own_source():
 
 
 def test_a_score_below_its_goal_is_named_and_no_other():
-    assert missed(report(0.9)) == ""
-    problem = missed(report(0.745))  # 74.5 % of pictures, 75.5 % of clips, 76.5 % of words
-    assert "clothes in pictures 74.5%, goal 75%" in problem
-    assert "clips" not in problem and "words" not in problem and "\n" not in problem
-    assert "words in recordings 27.0%, goal 60%" in missed(report(0.25))
-    assert missed(report(float("nan"))).count("nan") == 3
+    assert below_goal(report(0.9)) == failed(report(0.9)) == ""
+    shortfall = below_goal(report(0.745))  # 74.5 % of pictures, 75.5 % of clips, 76.5 % of words
+    assert "clothes in pictures 74.5% (goal 75%)" in shortfall
+    assert "clips" not in shortfall and "words" not in shortfall and "\n" not in shortfall
+    assert "words in recordings 27.0% (goal 60%)" in below_goal(report(0.25))
+
+
+def test_what_was_not_learned_fails():
+    problem = failed(report(0.25))  # 25 % of pictures, 26 % of clips, 27 % of words
+    assert "clothes in pictures 25.0% (floor 30%), directions in clips 26.0% (floor 75%)" in problem
+    assert "words" not in problem and "\n" not in problem
+    assert "words in recordings 7.0% (floor 8%)" in failed(report(0.05))
+    assert failed(report(float("nan"))).count("nan") == 3
 
 
 def test_the_summary_says_all_figures():

@@ -114,7 +114,23 @@ def test_lora_on_a_projector():
     assert projector(normal(1, 2, 6))[0].shape == (1, 2, 4)
 
 
-@pytest.mark.parametrize("options", [{"depth": 0}, {"factor": 0}])
-def test_options_are_checked(options):
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"depth": 0}, "at least 1, got 0"), ({"factor": 0}, "at least 1, got 0"), ({"out_rms": 0.0}, "out_rms is .* got 0.0")],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
         PixelShuffleMLPProjector(**options)
+
+
+def test_embeddings_begin_with_the_root_mean_square_that_is_asked_for():
+    projector, plain = MLPProjector(out_rms=0.3), MLPProjector()
+    projector.build(6, 8)
+    plain.build(6, 8)
+    plain.load_state_dict({name: weight for name, weight in projector.state_dict().items() if name != "out_norm.weight"})
+    features_BND = normal(2, 3, 6)
+    embeddings_BND, wanted_BND = projector(features_BND)[0], plain(features_BND)[0]
+    torch.testing.assert_close(embeddings_BND.square().mean(-1), torch.full((2, 3), 0.09))
+    torch.testing.assert_close(embeddings_BND, 0.3 * wanted_BND / wanted_BND.square().mean(-1, keepdim=True).sqrt())
+    embeddings_BND.sum().backward()
+    assert all(parameter.grad is not None for parameter in projector.parameters())
