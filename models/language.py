@@ -160,7 +160,7 @@ class LanguageModel(Part):
         num_layers = self.config.get_text_config().num_hidden_layers
         found: list[nn.ModuleList] = []
         inside: set[nn.Module] = set()  # lists within the layers, such as experts, may happen to be as long
-        for module in self.model.base_model.modules():
+        for module in self.model.get_decoder().modules():
             if isinstance(module, nn.ModuleList) and len(module) == num_layers and module not in inside:
                 found.append(module)
                 inside.update(module.modules())
@@ -255,7 +255,7 @@ class LanguageModel(Part):
             processors.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty), prompt_ignore_length=given))
         return self.model.generate(  # type: ignore[operator]  # a mixin that every causal LM has
             **prompts,
-            synced_gpus=isinstance(self.decoder_layers[0], FSDPModule),  # all processes go on until the last one has ended
+            synced_gpus=any(isinstance(module, FSDPModule) for module in self.model.modules()),  # until the last has ended
             attention_mask=(segments_BT > 0).long(),
             generation_config=config,
             logits_processor=processors,

@@ -36,7 +36,7 @@ class TestExplain:
             (["--model.image_encoder=MLPProjector"], "model.image_encoder cannot be MLPProjector: expected Encoder or null"),
             (["--model.optimizer=AdmW"], "AdmW is no known name in model.optimizer. Did you mean AdamW?"),
             (
-                ["--model.optimizer=SGD", "--model.optimizer.momentm=0.9"],
+                ["--model.optimizer=torch.optim.SGD", "--model.optimizer.momentm=0.9"],
                 "momentm is no known name in model.optimizer. Did you mean mom",
             ),
             (["--model.lr_scheduler=StepLR"], "model.lr_scheduler: the following arguments are required: step_size"),
