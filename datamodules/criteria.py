@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, Protocol
 
 from datamodules.scorers import Scorer
 
@@ -42,9 +42,15 @@ Terms = Mapping[str, Term]
 """The criteria by their names."""
 
 
+class Named(Protocol):
+    """A scorer of any kind, by what metrics call it."""
+
+    name: ClassVar[str]
+
+
 @dataclass(frozen=True)
-class RewardCriterion:
-    """A scorer, and how much it counts.
+class Criterion:
+    """A scorer of any kind, and how much it counts.
 
     Args:
         scorer: Scores the answers.
@@ -53,7 +59,7 @@ class RewardCriterion:
         name: What metrics and files call it; None: as the scorer is called.
     """
 
-    scorer: Scorer
+    scorer: Named
     weight: float = 1.0
     floor: float = 0.0
     name: str | None = None
@@ -67,9 +73,20 @@ class RewardCriterion:
         return self.scorer.name if self.name is None else self.name
 
     @property
-    def term(self) -> "Term":
+    def term(self) -> Term:
         """How much it counts."""
         return Term(self.weight, self.floor)
+
+
+@dataclass(frozen=True)
+class RewardCriterion(Criterion):
+    """A scorer, and how much it counts.
+
+    Args:
+        scorer: Scores the answers.
+    """
+
+    scorer: Scorer
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ Shape suffixes: A answers, P pairs, O occurrences of media, S supervised positio
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from datamodules.batch import MODALITIES, Batch, MediaBatch
-from datamodules.criteria import CriteriaUse, Scores, Term, Terms, difference, pair_margin, pair_weight, terms_of
+from datamodules.criteria import CriteriaUse, Criterion, Scores, Terms, difference, pair_margin, pair_weight, terms_of
 from lightning_modules.comparison import ScoredAnswers
 from lightning_modules.logprobs import AnswerLogps
 from lightning_modules.pair_logps import Metrics, each
@@ -35,7 +36,7 @@ class MultimodalConsistencyScorer:
         scale: How many nats more make it 0.73.
     """
 
-    name = "multimodal_consistency"
+    name: ClassVar[str] = "multimodal_consistency"
 
     def __init__(self, center: float = 0.0, scale: float = 0.5) -> None:
         if scale <= 0:
@@ -56,28 +57,14 @@ class MultimodalConsistencyScorer:
 
 
 @dataclass(frozen=True)
-class ReferenceCriterion:
+class ReferenceCriterion(Criterion):
     """A scorer that needs the reference, and how much it counts.
 
     Args:
         scorer: Scores the answers.
-        weight: Its weight in the mean; 0: only the floor counts.
-        floor: An answer that it scores lower is bad, whatever the other criteria say of it.
-        name: What metrics call it; None: as the scorer is called.
     """
 
     scorer: MultimodalConsistencyScorer
-    weight: float = 1.0
-    floor: float = 0.0
-    name: str | None = None
-
-    def __post_init__(self) -> None:
-        Term(self.weight, self.floor)
-
-    @property
-    def label(self) -> str:
-        """Its name."""
-        return self.scorer.name if self.name is None else self.name
 
 
 def reference_terms(criteria: Sequence[ReferenceCriterion], use: CriteriaUse, takes_margin: bool, has_pairs: bool) -> Terms:
@@ -86,7 +73,7 @@ def reference_terms(criteria: Sequence[ReferenceCriterion], use: CriteriaUse, ta
     Raises:
         ValueError: They cannot be used so.
     """
-    terms = terms_of([(each.label, Term(each.weight, each.floor)) for each in criteria], "model.reward_criteria")
+    terms = terms_of([(each.label, each.term) for each in criteria], "model.reward_criteria")
     if use.mode in ("filter", "relabel", "build"):
         raise ValueError(
             f"model.criteria_use.mode is {use.mode}, but a model gets its pairs as they are: take monitor, weight or margin; "
