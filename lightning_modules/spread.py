@@ -1,5 +1,7 @@
 """The side of a LightningModule that knows of other processes: how its model is spread over them, and who waits for whom."""
 
+from abc import abstractmethod
+
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -49,9 +51,9 @@ class SpreadLitModule(MeasuringLitModule):
         _ = self.model.language_model.takes_branches  # is tried out, while the weights are whole
         parallelize(self.model, self.device_mesh)
 
+    @abstractmethod
     def build_model(self) -> None:
         """Makes the weights, whole; called once."""
-        raise NotImplementedError
 
     def meet(self, batch: Batch) -> Batch:
         """Where all processes begin a batch together: one without rows gets those of another to run, which must not count.
