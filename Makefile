@@ -1,4 +1,4 @@
-# Each target sets up what it needs in .venv, once. `make demo`, `make test`, `make test-all`, `make lint types`.
+# Each target sets up what it needs in .venv, once. `make demo`, `make test`, `make test-slow`, `make test-all`, `make lint types`.
 #
 # PIP_ARGS goes to pip. On a Linux machine without an NVIDIA GPU it saves some 4 GB to name PyTorch's CPU wheel index
 # (its address is on pytorch.org's install page):  make demo PIP_ARGS="--extra-index-url <CPU wheel index>"
@@ -6,7 +6,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint types clean
+.PHONY: demo test test-slow test-all lint types clean
 
 demo: .venv/.demo
 	GOMP_SPINCOUNT=0 $(BIN)/python -m demo.run  # threads that wait do not burn a core that others share
@@ -14,8 +14,10 @@ demo: .venv/.demo
 test: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow and not real"
 
-test-all: .venv/.dev .venv/.demo .venv/.parity
-	$(BIN)/python -m pytest
+test-slow: .venv/.dev .venv/.demo .venv/.parity
+	$(BIN)/python -m pytest -m "slow or real"
+
+test-all: test test-slow
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
