@@ -87,6 +87,8 @@ def _end_with_owner(link: socket.socket) -> None:
 def main() -> None:
     """Serves the socket whose number is the argument."""
     link = socket.socket(fileno=int(sys.argv[1]))
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # Ctrl-C and SLURM send them to all processes of a run
+        signal.signal(signum, signal.SIG_IGN)  # who asked is meant, and ends this one with itself
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     threading.Thread(target=_end_with_owner, args=(link,), daemon=True).start()

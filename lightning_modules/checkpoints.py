@@ -3,6 +3,8 @@
 import copy
 import io
 import os
+import signal
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_modules.run_folder import cannot_write, run_folder
+from lightning_modules.signals import Signals, StoppedBySignal
 from models.checkpoint import read_checkpoint
 from models.manifest import HashingWriter, Manifest, discard, manifest_path, publish, sweep, temporary_name
 
@@ -29,6 +32,11 @@ class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint that writes to `checkpoints/` in the run folder.
 
     It keeps the newest checkpoint as `last.ckpt`, and the best one where `monitor` names a metric.
+
+    SIGTERM and SIGINT (Ctrl-C) end the fit after the optimizer step, or the batch of a validation, at hand, on all processes
+    together, with a checkpoint and the exit code 143 or 130; a second SIGINT ends it at once. SIGUSR1 writes a checkpoint, and
+    the run goes on. In a SLURM job, whose scheduler sends it before the time is up (`#SBATCH --signal=USR1@90`), it puts the job
+    back into the queue, to go on from there by itself.
 
     Args:
         save_last: Keep the newest checkpoint as last.ckpt.
@@ -49,6 +57,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().__init__(*args, save_last=save_last, save_on_exception=save_on_exception, **kwargs)  # type: ignore[misc]
         self.on_save_error = on_save_error
         self._weights_move = False
+        self._signals = Signals()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settles the folder, and clears away what a run that was killed while it saved has left in it."""
@@ -59,9 +68,14 @@ class RunCheckpoint(ModelCheckpoint):
                 sweep(folder)
         super().setup(trainer, pl_module, stage)
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes signals, before processes are started that would get them too."""
+        self._signals.listen()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins between two steps."""
         self._weights_move = False
+        self._signals.listen()
         super().on_train_start(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -69,8 +83,8 @@ class RunCheckpoint(ModelCheckpoint):
         self._weights_move = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Weights and counters agree again: saves if it is time."""
-        self._weights_move = False
+        """Weights and counters agree again: saves if it is time, and if a signal asked for it."""
+        is_step_over, self._weights_move = self._weights_move, False
         waited, self._defer_save_until_validation = self._defer_save_until_validation, False
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         waits, self._defer_save_until_validation = self._defer_save_until_validation, waited or self._defer_save_until_validation
@@ -80,6 +94,38 @@ class RunCheckpoint(ModelCheckpoint):
             step = self._last_global_step_saved
             self._save_last_checkpoint(trainer, monitored)
             self._last_global_step_saved = step  # or the validation that comes would find the step saved already
+        if is_step_over:
+            self._obey_signals(trainer)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Saves and stops if a signal asked for it."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._obey_signals(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves what was trained since the last checkpoint, and leaves signals to those who had them before."""
+        self._signals.restore()
+        if not self._should_skip_saving_checkpoint(trainer):  # Lightning does so only where there is none at all
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _obey_signals(self, trainer: Trainer) -> None:
+        signum = self._signals.agreed(trainer)
+        if not signum:
+            return
+        name = signal.Signals(signum).name
+        requeue = self._signals.requeue if signum == signal.SIGUSR1 else None
+        if requeue is not None:
+            requeue(signum, None)
+            self._last_global_step_saved = trainer.global_step
+        elif not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if signum == signal.SIGUSR1 and requeue is None:
+            rank_zero_info(f"{name}: step {trainer.global_step:,} is saved, the run goes on")
+            return
+        rank_zero_info(f"{name}: stopped after step {trainer.global_step:,}; --ckpt_path last goes on from there")
+        raise StoppedBySignal(signum)
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a look whether it runs must not write over a run's checkpoint
@@ -103,27 +149,25 @@ class RunCheckpoint(ModelCheckpoint):
             rank_zero_warn(f"{error}. The run goes on without this checkpoint, since checkpoint.on_save_error is go_on")
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        problem, before = "", (self._last_global_step_saved, self._last_checkpoint_saved)
-        try:
-            super()._save_checkpoint(trainer, filepath)
-        except CannotSaveError as error:  # on the process that writes, on its way to where the others wait for it
-            problem = str(error)
-            trainer.strategy.barrier()
-        if problem := trainer.strategy.broadcast(problem):
-            self._last_global_step_saved, self._last_checkpoint_saved = before
-            raise CannotSaveError(problem)
+        save_together(trainer, filepath, self.save_weights_only)
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(weakref.proxy(self))
 
     def _last(self) -> str:
         assert self.dirpath is not None
         return str(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves what was trained since the last checkpoint, unless it was stopped in the middle of an update."""
+        """Saves what was trained since the last checkpoint, unless it was stopped in the middle of an update, or at once."""
+        self._signals.restore()
         if trainer.state.fn != TrainerFn.FITTING or not self._should_save_on_exception(trainer):
             return
         progress = trainer.fit_loop.epoch_loop.batch_progress.total
         in_update = self._weights_move and progress.processed < progress.ready  # type: ignore[attr-defined]  # declared too narrowly
-        if trainer.world_size > 1 or in_update:
+        if trainer.world_size > 1 or in_update or isinstance(exception, StoppedBySignal):
             rank_zero_info(f"stopped without a checkpoint; the last one is {self.last_model_path or 'none'}")
             return
         self.last_model_path = self.last_model_path or self._last()  # before saving, because it is part of what is saved
@@ -133,6 +177,22 @@ class RunCheckpoint(ModelCheckpoint):
             rank_zero_warn(str(error))
             return
         rank_zero_info(f"stopped after step {trainer.global_step:,}; --ckpt_path last goes on from {self.last_model_path}")
+
+
+def save_together(trainer: Trainer, path: str | Path, weights_only: bool = False) -> None:
+    """Saves a checkpoint; where it cannot be written, no process waits for another.
+
+    Raises:
+        CannotSaveError: It cannot be written, on all processes.
+    """
+    problem = ""
+    try:
+        trainer.save_checkpoint(path, weights_only)
+    except CannotSaveError as error:  # on the process that writes, on its way to where the others wait for it
+        problem = str(error)
+        trainer.strategy.barrier()
+    if problem := trainer.strategy.broadcast(problem):
+        raise CannotSaveError(problem)
 
 
 class CheckpointFile(TorchCheckpointIO):

@@ -65,9 +65,10 @@ class FirstStepCheck(Callback):
         if pl_module.device_mesh is not None:  # each process has but its share of the gradients
             self._done = True
             return
-        parts = cast("MultiModalLitModule", pl_module).parts()
+        module = cast("MultiModalLitModule", pl_module)
+        parts = module.parts()
         # the scaled gradients of float16 overflow in the first steps; its scaler then lowers the scale
-        may_overflow = trainer.precision == "16-mixed"
+        may_overflow = trainer.precision == "16-mixed" or module.on_non_finite == "skip"
         _raise_together(trainer, problem_of_gradients(parts, batch, may_overflow) if batch["examples"] else "")
         is_first, shut = not self._waits_for_gates, [name for name, part in parts.items() if part.is_shut]
         has_looked = bool(batch["examples"]) and (is_first or _has_media(batch))

@@ -25,7 +25,7 @@ from lightning_modules.optim import WarmupCosine, parameter_groups
 from lightning_modules.processors import make_processor
 from lightning_modules.run_state import StepStart, add_place, check_processor, own_rng_state, set_rng_state
 from lightning_modules.spread import SpreadLitModule
-from lightning_modules.step_loss import StepLoss
+from lightning_modules.step_loss import OnNonFinite, StepLoss
 from models.checkpoint import check_options, fingerprints, load_saved, saved_names, start_from
 from models.fusion import Fusion
 from models.language import Generation, LanguageModel
@@ -58,6 +58,7 @@ class MultiModalLitModule(SpreadLitModule):
             with the same encoder; None: does not. Media that are augmented at random are encoded each time.
         init_from: A checkpoint whose trained weights to start from (a warm start: no optimizer, no place in the data).
             To go on with an interrupted run, use --ckpt_path instead.
+        on_non_finite: What to do at a step whose loss or gradients are not finite, which changes no weight in any case.
     """
 
     generates = True
@@ -81,6 +82,7 @@ class MultiModalLitModule(SpreadLitModule):
         generation: Generation = Generation(),
         feature_cache: CacheOptions | None = None,
         init_from: str | None = None,
+        on_non_finite: OnNonFinite = "stop",
     ) -> None:
         super().__init__()
         if not 0 <= warmup_ratio < 1:
@@ -88,20 +90,18 @@ class MultiModalLitModule(SpreadLitModule):
         image, video = (image_encoder, image_projector), (video_encoder, video_projector)
         self.model = MultiModalModel(language_model, *image, *video, audio_encoder, audio_projector, fusion)
         self.processor = make_processor(self.model, prompt)
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.lr_scheduler_interval = lr_scheduler_interval
-        self.warmup_ratio = warmup_ratio
-        self.generation = generation
-        self.feature_cache = feature_cache
+        self.optimizer, self.warmup_ratio = optimizer, warmup_ratio
+        self.lr_scheduler, self.lr_scheduler_interval = lr_scheduler, lr_scheduler_interval
+        self.generation, self.feature_cache = generation, feature_cache
         self.init_from = init_from
+        self.on_non_finite = on_non_finite
         self.strict_loading = False  # load_state_dict below is stricter: exactly what a checkpoint must hold
         self._warm_started: set[str] = set()
         self._rng: Mapping[str, Any] | None = None
         self._fingerprints: dict[str, str] = {}
         self._fingerprinted: set[str] | None = None
         self._step_start: StepStart | None = None
-        self._step_loss = StepLoss()
+        self._step_loss = StepLoss(on_non_finite)
 
     @property
     def answer_form(self) -> AnswerForm:
@@ -168,7 +168,7 @@ class MultiModalLitModule(SpreadLitModule):
         """Divides the gradients by the step's supervised tokens, on all processes; clipping comes after.
 
         Raises:
-            ValueError: The loss is not finite.
+            ValueError: The loss or a gradient is not finite, and `on_non_finite` is `stop`.
         """
         super().on_before_optimizer_step(optimizer)
         if (loss := self._step_loss.divide(self.trainer, self.parameters())) is not None:

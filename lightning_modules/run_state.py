@@ -10,10 +10,12 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from datamodules.fingerprint import differences
 from datamodules.loading import RowDataModule
 from datamodules.processor import Processor
+from models.spread import local
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,9 @@ def add_place(checkpoint: dict[str, Any], trainer: Trainer, step_start: StepStar
         checkpoint: Of this process; the first one writes it for all of them.
         trainer: Of the run.
         step_start: Where the step at hand began, which the checkpoint is set back to; None: there is none.
+
+    Raises:
+        ValueError: A weight, or a value of the optimizer, is not finite, on this process or another.
     """
     checkpoint["rng"] = rng_state()
     runs = [logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)]
@@ -105,14 +110,29 @@ def add_place(checkpoint: dict[str, Any], trainer: Trainer, step_start: StepStar
         step_start.rewind(checkpoint, trainer)
     datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
     name = type(datamodule).__qualname__ if isinstance(datamodule, RowDataModule) else ""
-    states: list[Any] = [(checkpoint["rng"], checkpoint.get(name))] * trainer.world_size
+    problem = non_finite(checkpoint["state_dict"]) or non_finite(checkpoint.get("optimizer_states", []))
+    states: list[Any] = [(checkpoint["rng"], checkpoint.get(name), problem)] * trainer.world_size
     if trainer.world_size > 1:
         torch.distributed.all_gather_object(states, states[0])
-    checkpoint["rng"] = [rng for rng, _ in states]
+    if broken := [problem for *_, problem in states if problem]:
+        raise ValueError(
+            f"{broken[0]} is not finite after step {trainer.global_step:,}: what was trained is of no use, and takes no "
+            "checkpoint's place. Go on from an earlier one, with a lower learning rate or another precision"
+        )
+    checkpoint["rng"] = [rng for rng, *_ in states]
     if name in checkpoint:
-        checkpoint[name] = datamodule.together([place for _, place in states])
+        checkpoint[name] = datamodule.together([place for _, place, _ in states])
         # Lightning keeps the loader's state too, of the first process alone, and would load it over that of the data module
         checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+
+
+def non_finite(state: Any, name: str = "") -> str:
+    """The first tensor in nested lists and dictionaries that is not finite, by name; empty where all are."""
+    if isinstance(state, Tensor):
+        is_fine = not state.is_floating_point() or bool(torch.isfinite(local(state)).all())
+        return "" if is_fine else name
+    items = state.items() if isinstance(state, Mapping) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    return next((found for key, value in items if (found := non_finite(value, f"{name}.{key}".strip(".")))), "")
 
 
 def own_rng_state(states: Sequence[Mapping[str, Any]], trainer: Trainer) -> Mapping[str, Any] | None:

@@ -1,13 +1,22 @@
 """The loss of an optimizer step: divided once, by all its supervised tokens, whatever batches and processes they came in."""
 
-from collections.abc import Iterable
-from typing import Any
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_modules.checkpoints import save_together
+from lightning_modules.run_folder import CONFIG, run_folder
 from models.spread import local
+
+OnNonFinite = Literal["stop", "skip"]
+_MOST_DUMPS = 3
+_MOST_IN_A_ROW = 10
 
 
 class StepLoss:
@@ -16,50 +25,101 @@ class StepLoss:
     Lightning divides each micro-batch by `accumulate_grad_batches` and averages over processes: a mean of means, in which
     tokens of short answers weigh more. Instead each micro-batch goes backward with its sum, and the gradients are divided
     by the step's count before they are clipped: 8 x 1 = 1 x 8, up to rounding.
+
+    Args:
+        on_non_finite: What to do with a step whose loss or gradients are not finite: no weight changes in any case.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_non_finite: OnNonFinite = "stop") -> None:
+        self.on_non_finite = on_non_finite
+        self._num_dumps = self._in_a_row = 0
         self.reset()
 
     def reset(self) -> None:
         """Begins a new step."""
         self._sums: list[Tensor] = []
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[list[dict[str, Any]]] = []
 
     def add(self, total: Tensor, count: Tensor, rows: list[dict[str, Any]]) -> None:
         """Adds a micro-batch: the sum of its loss terms, their number, and its rows."""
         self._sums.append(torch.stack([total.detach().float(), count.to(total.device, torch.float32)]))
-        self._rows += rows
+        self._rows.append(rows)
 
     def divide(self, trainer: Trainer, parameters: Iterable[nn.Parameter]) -> Tensor | None:
         """Divides the gradients by the step's count, over all processes, and begins a new step.
 
         Args:
             trainer: The trainer whose processes take part.
-            parameters: What has gradients.
+            parameters: What may have gradients. A step that is skipped leaves them none, so that the optimizer does nothing.
 
         Returns:
-            The mean loss of the step, or None where nothing was added.
+            The mean loss of the step, or None where nothing was added, or it is skipped.
 
         Raises:
-            ValueError: The loss is not finite, on this process or another. No weight has changed.
+            ValueError: The loss or a gradient is not finite, on this process or another. No weight has changed.
         """
+        trained = [parameter for parameter in parameters if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in trained if parameter.grad is not None]
         sums = torch.stack(self._sums).sum(0) if self._sums else torch.zeros(2, device=trainer.strategy.root_device)
-        rows = self._rows
+        # the gradients of float16 overflow now and then: its scaler sees that, and leaves the step out
+        broken = sums.new_zeros(1) if trainer.precision == "16-mixed" else _num_broken(gradients).to(sums)
+        # one exchange, and one look at the device, for the whole step
+        total, count, num_broken = trainer.strategy.reduce(torch.cat([sums, broken]), reduce_op="sum").tolist()
+        is_finite = math.isfinite(total) and not num_broken
+        if not is_finite:
+            self._refuse(trainer, total / count if count else total, num_broken > 0)
+            for parameter in trained:
+                parameter.grad = None
         self.reset()
-        total, count = trainer.strategy.reduce(sums, reduce_op="sum")
-        if not bool(torch.isfinite(total)):
-            raise ValueError(_not_finite(float(total / count), rows, trainer.global_step))
-        if count == 0:
+        if not is_finite or count == 0:
             return None
-        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        torch._foreach_mul_(gradients, trainer.world_size / float(count))
-        return total / count
+        self._in_a_row = 0
+        torch._foreach_mul_(gradients, trainer.world_size / count)
+        return sums.new_tensor(total / count)
+
+    def _refuse(self, trainer: Trainer, loss: float, in_gradients: bool) -> None:
+        """Names the rows, keeps what it takes to do the step again, and stops the run where it is not to go on."""
+        step, self._in_a_row = trainer.global_step, self._in_a_row + 1
+        broken = [rows for rows, sums in zip(self._rows, self._sums, strict=True) if not bool(torch.isfinite(sums[0]))]
+        names: list[Any] = [_names(sum(broken, [])), _names(sum(self._rows, []))]
+        if trainer.world_size > 1:
+            of_all: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(of_all, names)
+            names = [sum(column, []) for column in zip(*of_all, strict=True)]
+        rows = names[0] or names[1]  # a gradient alone may be of any row of the step
+        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        what = "the gradient" if math.isfinite(loss) and in_gradients else "the loss"
+        told = f"{what} of step {step:,} is not finite (loss {loss}; rows {shown or 'none'}). No weight has changed"
+        if self._num_dumps < _MOST_DUMPS:
+            self._num_dumps += 1
+            told += _keep(trainer, run_folder(trainer) / "non_finite" / f"step={step}.ckpt")
+        if self.on_non_finite == "stop" or self._in_a_row >= _MOST_IN_A_ROW:
+            in_a_row = f"{self._in_a_row} steps in a row; " if self.on_non_finite == "skip" else ""
+            raise ValueError(
+                f"{in_a_row}{told}. Lower the learning rate, clip gradients with trainer.gradient_clip_val, avoid 16-mixed and "
+                "16-true, look at these rows, or set model.on_non_finite to skip to leave such steps out"
+            )
+        rank_zero_warn(f"{told}. The step is left out, since model.on_non_finite is skip")
 
 
-def _not_finite(loss: float, rows: list[dict[str, Any]], step: int) -> str:
-    names = ", ".join(f"{row['file']}:{row['line']}" for row in rows) or "no row of this process"
+def _num_broken(gradients: Sequence[Tensor]) -> Tensor:
+    """1 where a gradient, or the shard of it that is here, is not finite, otherwise 0, as a tensor of one element."""
+    largest = nn.utils.get_total_norm([gradient for gradient in gradients if gradient.numel()], norm_type=math.inf)
+    return (~torch.isfinite(largest)).reshape(1)
+
+
+def _names(rows: Iterable[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(f"{row['file']}:{row['line']}" for row in rows))
+
+
+def _keep(trainer: Trainer, path: Path) -> str:
+    """Saves a checkpoint that stands before the step at hand, and says how to do the step again."""
+    try:
+        save_together(trainer, path)
+    except ValueError as error:
+        return f", but a checkpoint to do it again from cannot be kept: {error}"
+    folder = run_folder(trainer)
     return (
-        f"the loss of step {step:,} is {loss} (rows {names}). The weights are still those from before this step. Lower the "
-        "learning rate, clip gradients with trainer.gradient_clip_val, avoid 16-mixed and 16-true, or look at these rows"
+        f". To do the step again: python train.py fit --config {folder / CONFIG} --ckpt_path {path} --trainer.default_root_dir "
+        f"{folder / 'non_finite' / 'again'} --trainer.max_steps {trainer.global_step + 1} --trainer.detect_anomaly true"
     )

@@ -65,6 +65,7 @@ class FakeProcessor:
 
 class FakeModule(LightningModule):
     generates = True
+    on_non_finite = "stop"
 
     def __init__(self, words: Words | None = None, bridge: Bridge | None = None) -> None:
         super().__init__()

@@ -1,0 +1,136 @@
+"""A run that is told to stop stops within one step, with a checkpoint, on all processes, and goes on as if it had not."""
+
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from lightning_modules.checkpoints import RunCheckpoint
+from lightning_modules.cli import find_checkpoint
+from models.manifest import fault, read_manifest
+from tests.faults.small_runs import end_state, fit, in_child, make_module, same
+from tests.lightning_modules.processes import in_two_processes
+from tests.lightning_modules.run_fakes import write_rows
+
+INT, USR1, TERM = signal.SIGINT, signal.SIGUSR1, signal.SIGTERM
+
+
+class Send(Callback):
+    """Sends signals to its own process.
+
+    Args:
+        signums: Which, one after the other.
+        at: The hook to do it in.
+        step: After so many steps, once.
+        rank: The process that gets them.
+    """
+
+    def __init__(self, *signums: int, at: str = "backward", step: int = 1, rank: int = 0) -> None:
+        self.signums, self.at, self.step, self.rank = signums, at, step, rank
+
+    def _send(self, trainer: Any, at: str) -> None:
+        if (at, trainer.global_step, trainer.global_rank) == (self.at, self.step, self.rank) and not trainer.sanity_checking:
+            signums, self.signums = self.signums, ()
+            for signum in signums:
+                os.kill(os.getpid(), signum)
+
+    def on_before_backward(self, trainer: Any, *args: Any) -> None:
+        self._send(trainer, "backward")
+
+    def on_before_optimizer_step(self, trainer: Any, *args: Any) -> None:
+        self._send(trainer, "update")
+
+    def on_validation_batch_start(self, trainer: Any, *args: Any) -> None:
+        self._send(trainer, "validation")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl", 9)
+
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(tiny_llm: Path, tiny_clip: Path, rows: Path, tmp_path: Path) -> Run:
+    """`run(name, *callbacks, **options)`: fits; the run folder has that name."""
+    return lambda name, *callbacks, **options: fit(make_module(tiny_llm, tiny_clip), tmp_path / name, rows, *callbacks, **options)
+
+
+def step_of(folder: Path) -> int:
+    manifest = read_manifest(folder / "checkpoints/last.ckpt")
+    assert manifest is not None
+    return manifest.step
+
+
+@pytest.mark.parametrize(
+    ("signum", "at", "code", "saved"),
+    [(TERM, "backward", 143, 2), (INT, "backward", 130, 2), (TERM, "update", 143, 2), (TERM, "validation", 143, 3)],
+)
+def test_it_stops_within_a_step_and_goes_on(
+    run: Run, rows: Path, tmp_path: Path, signum: int, at: str, code: int, saved: int
+) -> None:
+    options = {"data": {"val_path": str(rows)}}  # 3 steps an epoch, then 5 batches
+    run("whole", **options)
+    assert in_child(partial(run, "stopped", Send(signum, at=at, step=3 if at == "validation" else 1), **options)) == code
+    assert step_of(tmp_path / "stopped") == saved
+    run("stopped", resume=tmp_path / "stopped/checkpoints/last.ckpt", **options)
+    assert same(end_state(tmp_path / "stopped"), end_state(tmp_path / "whole"))
+
+
+def test_a_second_interrupt_ends_it_at_once(run: Run, tmp_path: Path) -> None:
+    assert in_child(partial(run, "stopped", Send(INT, INT))) == 130
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_what_asks_for_a_checkpoint_gets_one_and_the_run_goes_on(run: Run, tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step == 2 and not steps:
+                steps.append(step_of(tmp_path / "run"))
+
+    before = [signal.getsignal(signum) for signum in (INT, USR1, TERM)]
+    run("run", Send(USR1), Look())
+    assert steps == [2] and step_of(tmp_path / "run") == 6
+    assert [signal.getsignal(signum) for signum in (INT, USR1, TERM)] == before
+
+
+def test_a_slurm_job_is_put_back_into_the_queue(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scontrol = tmp_path / "bin/scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(scontrol.parent), prepend=os.pathsep)
+    of_job = {"JOB_ID": 77, "NTASKS": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "JOB_NAME": "train"}
+    for name, value in of_job.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    run("whole")
+    assert in_child(partial(run, "job", Send(USR1, at="update"), plugins=[SLURMEnvironment()])) == 128 + USR1
+    assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+    found = find_checkpoint("last", tmp_path / "job")
+    assert found == str(tmp_path / "job/hpc_ckpt_1.ckpt") and not fault(Path(found))
+    run("job", resume=found)
+    assert same(end_state(tmp_path / "job"), end_state(tmp_path / "whole"))
+
+
+def test_a_signal_to_one_process_stops_all(run: Run, tmp_path: Path) -> None:
+    def job(name: str, strategy: dict[str, Any], *callbacks: Callback, **options: Any) -> None:
+        trainer = run(name, *callbacks, data={"batch_size": 1}, checkpoint=RunCheckpoint(every_n_epochs=9), **strategy, **options)
+        torch.save(trainer.global_step, tmp_path / f"{trainer.global_rank}.pt")
+
+    assert in_two_processes(lambda strategy: job("stopped", strategy, Send(TERM, rank=1))) == [143, 143]
+    assert step_of(tmp_path / "stopped") == 2
+    resume = tmp_path / "stopped/checkpoints/last.ckpt"
+    assert in_two_processes(lambda strategy: job("stopped", strategy, resume=resume)) == [0, 0]
+    assert in_two_processes(lambda strategy: job("whole", strategy)) == [0, 0]
+    assert same(end_state(tmp_path / "stopped"), end_state(tmp_path / "whole"))
