@@ -122,12 +122,14 @@ def _stack(placed: Sequence[_Placed], continues: list[bool]) -> Answers:
         [(first[answer.of], number) for number, answer in enumerate(placed) if answer.role == role]
         for role in ("rejected", "corrupted")
     )
+    # identical answers are compared as one, whose gradients cancel to the last bit
+    compared = [(chosen, chosen if placed[chosen].key == placed[rejected].key else rejected) for chosen, rejected in pairs]
     return Answers(
         row_A=torch.tensor([answer.row for answer in placed]),
         branch_A=torch.tensor([answer.branch for answer in placed]),
         roles=[answer.role for answer in placed],
         keys=[answer.key for answer in placed],
-        pairs_P2=torch.tensor(pairs, dtype=torch.long).view(-1, 2),
+        pairs_P2=torch.tensor(compared, dtype=torch.long).view(-1, 2),
         margin_P=torch.tensor([placed[rejected].margin for _, rejected in pairs], dtype=torch.float32),
         weight_P=torch.tensor([placed[rejected].judged.weight for _, rejected in pairs], dtype=torch.float32),
         media_pairs_M2=torch.tensor(media_pairs, dtype=torch.long).view(-1, 2),

@@ -178,9 +178,9 @@ class Answers(TypedDict):
     `row_A` and `branch_A` tell where each stands, `roles` what it is, and `keys` has the same text for the same answer behind
     the same prompt and media, in any run. `pairs_P2` holds the numbers of a chosen and of a rejected answer, with the
     `margin_P` that the row gives (else 0) and a `weight_P` of 1; of several rejected answers of a row each makes a pair with the
-    chosen one. `media_pairs_M2` holds those of a chosen answer and of its corrupted one. `continues_B` tells which rows of the
-    batch belong to the same row of the data as the one before; where rows are packed, which of their samples do. `example_A` is
-    the entry of `examples` that an answer belongs to.
+    chosen one, and one that is the chosen answer again makes a pair of that with itself. `media_pairs_M2` holds those of a chosen
+    answer and of its corrupted one. `continues_B` tells which rows of the batch belong to the same row of the data as the one
+    before; where rows are packed, which of their samples do. `example_A` is the entry of `examples` that an answer belongs to.
 
     Where reward criteria judge the answers, `scores_A` has by the name of each its score of each answer (NaN: none), and
     `changes` what they changed in the rows.

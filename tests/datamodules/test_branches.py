@@ -56,6 +56,13 @@ def test_answers_that_begin_alike_share_the_prompt_alone() -> None:
     assert row.tokens == [5, 7, 7, 6, 8, 11, 12, 8, 11, 13]
 
 
+def test_identical_answers_are_compared_as_one() -> None:
+    others = [("rejected", side([11], PROMPT, [])), ("rejected", side([12], PROMPT, []))]
+    batch = collate([example("chosen", side([11], PROMPT, []), others, margin=2.0)], pad_id=0)
+    assert batch["answers"]["pairs_P2"].tolist() == [[0, 0], [0, 2]] and batch["answers"]["margin_P"].tolist() == [2, 2]
+    assert batch["answers"]["roles"] == ["chosen", "rejected", "rejected"]
+
+
 def test_rows_of_their_own() -> None:
     chosen, rejected = side([11, 12], PROMPT, [picture()]), side([13], PROMPT, [picture()])
     for form, other in (

@@ -20,6 +20,7 @@ from datamodules.batch import Example
 from lightning_modules.cpo import CPOLitModule
 from lightning_modules.dpo import DPOLitModule
 from lightning_modules.kto import KTOLitModule
+from lightning_modules.orpo import ORPOLitModule
 from lightning_modules.preference import PreferenceLitModule
 from lightning_modules.reward_model import RewardLitModule
 from lightning_modules.simpo import SimPOLitModule
@@ -44,6 +45,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 PAIRS = {"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"]}
@@ -217,12 +219,28 @@ def test_without_a_reference(
     )
     config = CPOConfig(**settings(tmp_path), beta=options["beta"], **own)
     trainer = compared.theirs(CPOTrainer, config, their_model(compared.module, tiny_llm, clip), PAIRS, tiny_llm)
+    compared.assert_same(trainer, loss_of_sides(compared, trainer))
+
+
+def loss_of_sides(compared: Compared, trainer: Any) -> Tensor:
+    """The loss of those of TRL's trainers that take chosen and rejected answers apart."""
     sides = {role: with_role(compared, role) for role in ("chosen", "rejected")}
     batch = {f"{role}_{name}": x for role, own in sides.items() for name, x in stacked(own, "labels").items()}
     # TRL's hands no pictures on: the model that it is given has them already
     model = partial(trainer.model, **pixels([*sides["chosen"], *sides["rejected"]]))
-    loss, _ = trainer.get_batch_loss_metrics(model, batch)
-    compared.assert_same(trainer, loss)
+    return trainer.get_batch_loss_metrics(model, batch)[0]
+
+
+def test_orpo(compare: Callable[..., Compared], clip: Path | None, tiny_llm: Path, tmp_path: Path) -> None:
+    """TRL's likelihood is that of prompt and answer; that of the answer, by transformers, is put in its place."""
+    compared = compare(ORPOLitModule, odds_weight=0.3)
+    config = ORPOConfig(**settings(tmp_path), beta=0.3)
+    trainer = compared.theirs(ORPOTrainer, config, their_model(compared.module, tiny_llm, clip), PAIRS, tiny_llm)
+    chosen = with_role(compared, "chosen")
+    rows = stacked(chosen, "labels") | pixels(chosen)
+    whole = rows | {"labels": rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)}
+    of_answer, of_both = (trainer.model(**x).loss for x in (rows, whole))
+    compared.assert_same(trainer, loss_of_sides(compared, trainer) - of_both + of_answer)
 
 
 def _to_its_end(side: Example) -> Example:
