@@ -208,6 +208,8 @@ class Batch(TypedDict):
     chosen, padded with -1; a row of -1 means that the answer is open. `num_tokens` counts the tokens that are not padding,
     `num_supervised` the labels with a loss that have a token before them in their row: plain numbers, for which no one
     has to wait for a device. `token_types_BT`, for a ready model, tells text (0) from image (1), video (2) and audio (3).
+    `step_counts` is what the terms of the loss count in all batches of the optimizer step, where that is known before it begins
+    (`step_counts.count_ahead`).
 
     Where an objective compares answers, `answers` tells of them, and `branches_BT` has 0 for the tokens of a prompt that answers
     share (and for padding), else the number of the answer in its row, from 1. A token sees those before it in its segment that
@@ -231,6 +233,7 @@ class Batch(TypedDict):
     token_types_BT: NotRequired[Tensor]
     branches_BT: NotRequired[Tensor]
     answers: NotRequired[Answers]
+    step_counts: NotRequired[Tensor]
 
 
 def answers_of_positions(batch: Batch) -> Tensor:

@@ -87,6 +87,17 @@ def collate(items: Sequence[Example | RowError], pad_id: int, side: Literal["lef
     return batch
 
 
+class Collate:
+    """`collate` with its options, picklable."""
+
+    def __init__(self, pad_id: int, side: Literal["left", "right"]) -> None:
+        self.pad_id = pad_id
+        self.side = side
+
+    def __call__(self, items: Sequence[Example | RowError]) -> Batch:
+        return collate(items, self.pad_id, self.side)
+
+
 class _Place(NamedTuple):
     """Where an example stands in a batch; its answers are numbered from `first_branch` + 1."""
 

@@ -1,24 +1,26 @@
 """Loaders that keep account of every row, and one that can stop anywhere and go on there."""
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
-from datamodules.batch import MODALITIES, Batch, Example, Modality, RowError
+from datamodules.batch import MODALITIES, Batch, Modality
 from datamodules.batching import Batching
 from datamodules.cache import CacheOptions
-from datamodules.collate import collate
+from datamodules.collate import Collate
 from datamodules.judgements import Judgements
 from datamodules.packing import RowSizes
 from datamodules.row_dataset import RowDataset
 from datamodules.row_sizes import row_sizes
 from datamodules.sampler import GlobalBatches, Portion, RowSampler
 from datamodules.skipped import SkippedRows
+from datamodules.step_counts import Counts, count_ahead
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ class RowLoader:
         if self._loader is None:
             self._loader = self._start()
         failure: ValueError | None = None
-        for batch in self._loader:
+        for batch in self._ahead(self._loader):
             try:
                 self._account(batch)
             except ValueError as error:
@@ -150,6 +152,9 @@ class RowLoader:
             generator=torch.Generator().manual_seed(self.rows.seed),
         )
 
+    def _ahead(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        return batches
+
     def _account(self, batch: Batch) -> None:
         """Counts the rows of a batch that is about to be handed out."""
         if self.judgements is not None:
@@ -171,10 +176,13 @@ class RowLoader:
 
 
 class Progress(NamedTuple):
-    """How far a trainer is: its epoch, and how many batches it has finished, in all epochs together."""
+    """How far a trainer is: its epoch, and how many batches it has finished, in all epochs together; and how it steps: batches of
+    an optimizer step, and batches that it takes of an epoch."""
 
     epoch: int
     batches_done: int
+    step_size: int = 1
+    num_batches: float = math.inf
 
 
 class StatefulLoader(RowLoader):
@@ -185,11 +193,15 @@ class StatefulLoader(RowLoader):
     Args:
         progress: Says how far the trainer is: which epoch a loop is, and whether the batch at hand was finished when a
             stopped run is saved. None: each loop is the next epoch, and a batch that is handed out counts as finished.
+
+    Attributes:
+        step_counts: Counts a batch, where a batch is to tell what its optimizer step counts; None: it need not.
     """
 
     def __init__(self, *args: Any, progress: Callable[[], Progress] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.progress = progress
+        self.step_counts: Counts | None = None
         self._before: tuple[dict[str, Any], int] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -244,6 +256,12 @@ class StatefulLoader(RowLoader):
             self.counts[_key("skipped", source.name)] = skipped
             self.counts[_key("trained", source.name)] = len(rows_R) - skipped
 
+    def _ahead(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        if self.step_counts is None or self.progress is None:
+            return batches
+        *_, step_size, num_batches = self.progress()
+        return count_ahead(batches, self.step_counts, self.rows.batch, step_size, num_batches)
+
     def _account(self, batch: Batch) -> None:
         if self.progress is not None:
             self._before = self._place(), self.progress().batches_done
@@ -270,14 +288,3 @@ class StatefulLoader(RowLoader):
 
 def _key(kind: str, source: str) -> str:
     return f"{kind}/{source}" if source else kind
-
-
-class Collate:
-    """`collate` with its options, picklable."""
-
-    def __init__(self, pad_id: int, side: Literal["left", "right"]) -> None:
-        self.pad_id = pad_id
-        self.side = side
-
-    def __call__(self, items: Sequence[Example | RowError]) -> Batch:
-        return collate(items, self.pad_id, self.side)

@@ -26,6 +26,7 @@ from datamodules.row_sizes import once_a_machine
 from datamodules.skipped import SkippedRows
 from datamodules.source import Source, Split, check_option, names_with_rows, source_option
 from datamodules.split import Rows, hold_out_rows
+from datamodules.step_counts import Counts
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class RowDataModule(L.LightningDataModule):
         self.processor = processor
         self.answer_form = AnswerForm() if answer_form is None else answer_form
         self.train_loader: StatefulLoader | None = None
+        self.step_counts: Counts | None = None  # the model's, see `StatefulLoader`
         self._resume_state: dict[str, Any] | None = None
         self._loaders: list[RowLoader] = []
 
@@ -178,6 +180,7 @@ class RowDataModule(L.LightningDataModule):
             )
             once_a_machine(self.train_loader, self.trainer)
             self.train_loader.progress = self._progress if self.trainer is not None else None
+            self.train_loader.step_counts = self.step_counts
             if self._resume_state is not None:
                 self.train_loader.load_state_dict(self._resume_state)
                 self._resume_state = None
@@ -263,8 +266,9 @@ class RowDataModule(L.LightningDataModule):
     def _progress(self) -> Progress:
         # asked for, since the epoch that Lightning tells samplers by set_epoch is one too many after some resumes
         assert self.trainer is not None
-        total = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        return Progress(self.trainer.current_epoch, total.processed)  # type: ignore[attr-defined]  # declared too narrowly
+        trainer: Any = self.trainer  # declared too narrowly
+        done = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        return Progress(trainer.current_epoch, done, trainer.accumulate_grad_batches, trainer.num_training_batches)
 
     def _loader(self, kind: type[Loader], dataset: RowDataset, batch_size: int, **options: Any) -> Loader:
         trainer = self.trainer

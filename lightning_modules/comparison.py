@@ -1,17 +1,18 @@
 """What an objective that compares answers is given, and what it gives back; and how its metrics come to the rows of a batch.
 
-Shape suffixes: A answers, P pairs, B rows of a batch, X what a metric has a value for.
+Shape suffixes: A answers, P pairs, K terms of a loss, B rows of a batch, X what a metric has a value for.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from datamodules.batch import AnswerRole, Answers
+from datamodules.batch import AnswerRole, Answers, Batch, answers_of_positions
 from lightning_modules.epoch_means import RowValues
-from lightning_modules.logprobs import AnswerLogps, TokenScores
+from lightning_modules.logprobs import AnswerLogps, Statistic, TokenScores
 from lightning_modules.pair_logps import Loss, Metrics, each
 
 
@@ -109,8 +110,8 @@ class Comparison:
     """The loss of a batch of answers, and its metrics.
 
     Args:
-        total: Sum of the loss terms.
-        count: Their number, or the sum of their weights.
+        total: Sum of the losses of pairs or answers; of a loss of several terms total_K.
+        count: Their number, or the sum of their weights; in the same shape.
         metrics: Metrics, each with the answers that its values belong to, one a value: answer_X.
     """
 
@@ -123,6 +124,32 @@ class Comparison:
         """A loss, and the answers that the values of its metrics belong to."""
         total, count, metrics = loss
         return cls(total, count, [(metrics, answer_X)])
+
+
+def unscored(batch: Batch) -> ScoredAnswers:
+    """The answers of a batch before a model has seen them, all log-probabilities 0: what a loss of them counts is known already.
+
+    Args:
+        batch: It may be one without rows.
+    """
+    none, no_pairs = torch.empty(0, dtype=torch.long), torch.empty(0, 2, dtype=torch.long)
+    answers: Answers = batch.get("answers") or {
+        "row_A": none,
+        "branch_A": none,
+        "roles": [],
+        "keys": [],
+        "pairs_P2": no_pairs,
+        "margin_P": torch.empty(0),
+        "weight_P": torch.empty(0),
+        "media_pairs_M2": no_pairs,
+        "continues_B": [],
+        "example_A": [],
+    }
+    answer_S = answers_of_positions(batch) if batch["examples"] else none
+    zero_S = torch.zeros(len(answer_S))
+    logps = AnswerLogps(zero_S, answer_S, len(answers["roles"]))
+    tokens = TokenScores(zero_S, zero_S.bool(), dict.fromkeys(get_args(Statistic), zero_S))
+    return ScoredAnswers.of(answers, logps, logps, tokens)
 
 
 @torch.no_grad()

@@ -9,13 +9,13 @@ Shape suffixes: P pairs.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.pair_logps import PairLogps, smoothed_logistic, token_nll
+from lightning_modules.pair_logps import PairLogps, smoothed_logistic
 
 DPOKind = Literal[
     "sigmoid",
@@ -129,8 +129,8 @@ def check_kinds(kinds: Mapping[DPOKind, float], options: DPOOptions, weighted: b
     names = ", ".join(kinds)
     if not kinds:
         raise ValueError("no kind of loss: expected at least one, such as {sigmoid: 1.0}")
-    if unknown := set(kinds) - set(KINDS):
-        raise ValueError(f"there is no kind {', '.join(sorted(unknown))}: expected some of {', '.join(KINDS)}")
+    if unknown := set(kinds) - set(get_args(DPOKind)):
+        raise ValueError(f"there is no kind {', '.join(sorted(unknown))}: expected some of {', '.join(get_args(DPOKind))}")
     if "exo_pair" in kinds and options.label_smoothing == 0:
         raise ValueError("exo_pair divides by label_smoothing, got 0: set it above 0; its paper has 0.001")
     if options.label_smoothing > 0 and not _SMOOTHED & set(kinds):
@@ -229,11 +229,6 @@ def _aot_unpaired(pairs: PairRatios) -> Tensor:
     return smoothed_logistic(pairs.options.beta * delta_P, pairs.options.label_smoothing)
 
 
-def _sft(pairs: PairRatios) -> Tensor:
-    """-(sum of log-probabilities of all tokens of the chosen answers) / (their number), the same for each pair (RPO, MPO)."""
-    return token_nll(pairs.policy).expand_as(pairs.policy.chosen_P)
-
-
 KINDS: dict[DPOKind, Callable[[PairRatios], Tensor]] = {
     "sigmoid": _sigmoid,
     "sigmoid_norm": _sigmoid_norm,
@@ -249,8 +244,8 @@ KINDS: dict[DPOKind, Callable[[PairRatios], Tensor]] = {
     "apo_zero": _apo_zero,
     "apo_down": _apo_down,
     "discopop": _discopop,
-    "sft": _sft,
 }
+"""All but `sft`, whose mean is one of tokens: see `preference_losses.dpo`."""
 _WITH_MARGIN: set[DPOKind] = {"sigmoid", "sigmoid_norm", "hinge", "exo_pair", "robust", "discopop"}
 _DIVERGING: set[DPOKind] = _WITH_MARGIN | {"ipo"}
 _SMOOTHED: set[DPOKind] = {"sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_unpaired"}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datamodules.answer_form import AnswerForm
 from datamodules.batch import Batch
-from lightning_modules.comparison import Comparison, ScoredAnswers
+from lightning_modules.comparison import Comparison, ScoredAnswers, unscored
 from lightning_modules.feedback_losses import FeedbackKind, kto, mismatched_kl
 from lightning_modules.measuring import Stage
 from lightning_modules.preference import ReferencedLitModule, check_numbers
@@ -49,6 +49,9 @@ class KTOLitModule(ReferencedLitModule):
     @property
     def answer_form(self) -> AnswerForm:
         return replace(super().answer_form, kind="feedback", mismatched=self.loss_type == "kto")
+
+    def counts(self, batch: Batch) -> Tensor:
+        return torch.tensor([float(len(unscored(batch).are("desirable", "undesirable").nonzero()))])
 
     def step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor] | None:
         result = super().step(batch, stage)

@@ -51,9 +51,9 @@ class MDPOLitModule(DPOLitModule):
         policy, reference = (pair_logps(logps, scored.pairs_P2) for logps in (scored.policy, scored.against))
         policy_M, reference_M = (pair_logps(logps, scored.media_pairs_M2) for logps in (scored.policy, scored.against))
         total, count, metrics = media_preference(policy_M, reference_M, beta)
-        loss = combine(
+        total_K, count_K, _ = combine(
             (compared.total, compared.count, {}),
             (self.conditional_weight, (total, count, {})),
             (self.anchor_weight, anchor(policy, reference, beta, self.anchor_reward, scored.weights)),
         )
-        return Comparison(loss[0], loss[1], [*compared.metrics, (metrics, scored.media_pairs_M2[:, 0])])
+        return Comparison(total_K, count_K, [*compared.metrics, (metrics, scored.media_pairs_M2[:, 0])])

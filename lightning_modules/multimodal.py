@@ -93,8 +93,7 @@ class MultiModalLitModule(SpreadLitModule):
         self.optimizer, self.warmup_ratio = optimizer, warmup_ratio
         self.lr_scheduler, self.lr_scheduler_interval = lr_scheduler, lr_scheduler_interval
         self.generation, self.feature_cache = generation, feature_cache
-        self.init_from = init_from
-        self.on_non_finite = on_non_finite
+        self.init_from, self.on_non_finite = init_from, on_non_finite
         self.strict_loading = False  # load_state_dict below is stricter: exactly what a checkpoint must hold
         self._warm_started: set[str] = set()
         self._rng: Mapping[str, Any] | None = None
@@ -109,8 +108,9 @@ class MultiModalLitModule(SpreadLitModule):
         return AnswerForm()
 
     def setup(self, stage: str) -> None:
-        """Tells the data side where features are kept."""
+        """Tells the data side where features are kept, and what a step counts."""
         share_features(self.model, self.processor, self.feature_cache, self.trainer)
+        self._step_loss.prepare(self.trainer, self.counts)
 
     def teardown(self, stage: str) -> None:
         """Says what the feature cache was good for."""
@@ -140,7 +140,7 @@ class MultiModalLitModule(SpreadLitModule):
         """The loss of a batch: negative log-likelihood of its supervised tokens (nats), and their number.
 
         Returns:
-            Sum and count; who calls it divides once. None for a batch all of whose rows were skipped.
+            Sum and count, of each term if there are several; who calls it divides once. None for a batch without rows.
         """
         if not batch["examples"]:
             return None
@@ -153,16 +153,16 @@ class MultiModalLitModule(SpreadLitModule):
         )
         return total, count
 
+    def counts(self, batch: Batch) -> Tensor:
+        """What `step` will count in a training batch, by term: counts_K. The batch is on the CPU, and may have no rows."""
+        return torch.tensor([float(batch["num_supervised"])])
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """One training batch: its summed loss. Lightning leaves a batch without a loss out."""
+        shares = self._step_loss.shares(batch, self.trainer)
         batch = self.meet(batch)
-        result = self.step(batch, "train")
-        if result is not None and not self.is_lent:
-            self._step_loss.add(*result, batch["examples"])
-        total = None if result is None else result[0] * (0 if self.is_lent else 1)
-        total = self.offer_all(total, batch)
-        # Lightning divides by the number of batches of a step; `on_before_optimizer_step` divides by that of tokens
-        return None if total is None else total * self.trainer.accumulate_grad_batches
+        total = self._step_loss.add(self.step(batch, "train"), shares, None if self.is_lent else batch["examples"])
+        return self.offer_all(total, batch)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the step's supervised tokens, on all processes; clipping comes after.

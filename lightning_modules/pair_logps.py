@@ -1,9 +1,10 @@
 """Log-probabilities of pairs of answers, and how losses over them are summed and logged.
 
-A loss is `(sum, count, metrics)`, and who calls it divides once. A metric is what each pair has of it, total and number of
-summands, so that its mean is exact over rows, sources and processes.
+A loss is `(sum, count, metrics)`, and who calls it divides once. A loss of several terms that count different things, such as
+pairs and tokens, has a sum and a count of each, total_K and count_K, and its mean is the sum of theirs. A metric is what each
+pair has of it, total and number of summands, so that its mean is exact over rows, sources and processes.
 
-Shape suffixes: S supervised positions, A answers, P pairs, 2 chosen and rejected.
+Shape suffixes: S supervised positions, A answers, P pairs, K terms, 2 chosen and rejected.
 """
 
 from dataclasses import dataclass
@@ -104,25 +105,38 @@ def pair_loss(loss_P: Tensor, weight_P: Tensor | None, metrics: Metrics) -> Loss
     return (weight_P * loss_P).sum(), weight_P.sum(), metrics
 
 
-def token_nll(policy: PairLogps) -> Tensor:
-    """Negative log-likelihood a token, over all tokens of the chosen answers: a mean of tokens, not of answers."""
-    return policy.chosen_nll_P.sum() / policy.chosen_count_P.sum().clamp(min=1)
+def token_nll(policy: PairLogps) -> Loss:
+    """Negative log-likelihood of the chosen answers, which counts their tokens: a mean of tokens, not of answers."""
+    return policy.chosen_nll_P.sum(), policy.chosen_count_P.sum(), {}
 
 
 def combine(loss: Loss, *terms: tuple[float, Loss]) -> Loss:
-    """Adds terms with a unit of their own to a loss: sum + weight * count * (term's sum / term's count).
-
-    So the mean over the loss's count is its mean plus the weighted means of the terms, in each batch.
+    """Adds terms to a loss that have a count of their own.
 
     Args:
-        loss: Gives the count.
-        terms: Weights and losses; one that counts nothing adds nothing.
+        loss: The first term, or several.
+        terms: Weights and losses.
+
+    Returns:
+        total_K, the sums times their weights, count_K, and the metrics of all.
     """
     total, count, metrics = loss
+    totals, counts = [total.reshape(-1)], [count.reshape(-1)]
     for weight, (term_total, term_count, term_metrics) in terms:
-        total = total + weight * count * term_total / term_count.clamp(min=torch.finfo(total.dtype).tiny)
+        totals.append(weight * term_total.reshape(-1))
+        counts.append(term_count.reshape(-1).to(count.dtype))
         metrics = metrics | term_metrics
-    return total, count, metrics
+    return torch.cat(totals), torch.cat(counts), metrics
+
+
+def mean(total: Tensor, count: Tensor) -> Tensor:
+    """The mean of a loss: the sum of those of its terms; a term that counts nothing is 0.
+
+    Args:
+        total: Of the one term, or total_K.
+        count: In the same shape.
+    """
+    return (total / torch.where(count > 0, count, 1)).sum()
 
 
 @torch.no_grad()

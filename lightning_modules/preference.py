@@ -15,7 +15,7 @@ from datamodules.answer_form import AnswerForm
 from datamodules.batch import Batch, answers_of_positions
 from datamodules.criteria import CriteriaUse
 from datamodules.fingerprint import fingerprint
-from lightning_modules.comparison import Comparison, ScoredAnswers, row_values, token_metrics
+from lightning_modules.comparison import Comparison, ScoredAnswers, row_values, token_metrics, unscored
 from lightning_modules.criteria import ReferenceCriterion, blank_media, criteria_metrics, has_media, judged, reference_terms
 from lightning_modules.dropout import turn_dropout_off
 from lightning_modules.epoch_means import EpochMeans, RowValues
@@ -23,6 +23,7 @@ from lightning_modules.logprobs import AnswerLogps, Statistic, TokenScores, scor
 from lightning_modules.losses import supervised
 from lightning_modules.measuring import Stage
 from lightning_modules.multimodal import MultiModalLitModule
+from lightning_modules.pair_logps import mean
 from lightning_modules.precomputed import PrecomputedReference
 from lightning_modules.references import REFERENCE, Reference, default_reference
 from models.adapters import is_copy
@@ -81,7 +82,7 @@ class PreferenceLitModule(MultiModalLitModule):
             self.optimizer = make
 
     def step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor] | None:
-        """The loss of a batch: its sum over pairs (or answers), and their number."""
+        """The loss of a batch: its sum over pairs (or answers), and their number; of a loss of several terms one of each."""
         if not batch["examples"]:
             return None
         scored = self.score_answers(batch, stage)
@@ -93,6 +94,9 @@ class PreferenceLitModule(MultiModalLitModule):
         elif stage != "train":
             self.measure(batch, {"loss": self._loss_by_source(batch, scored, compared), **values})
         return compared.total, compared.count
+
+    def counts(self, batch: Batch) -> Tensor:
+        return self.compare(unscored(batch)).count.reshape(-1)
 
     def score_answers(self, batch: Batch, stage: Stage) -> ScoredAnswers:
         """The log-probabilities of the answers of a batch, under the reference and then under the policy.
@@ -136,8 +140,8 @@ class PreferenceLitModule(MultiModalLitModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the step's pairs, on all processes, and logs the means of its metrics."""
         super().on_before_optimizer_step(optimizer)
-        for name, mean in self.complete(self._step_means.compute(self.trainer)).items():
-            self.log(f"train/{name}", mean, prog_bar=name == "rewards/accuracies")
+        for name, value in self.complete(self._step_means.compute(self.trainer)).items():
+            self.log(f"train/{name}", value, prog_bar=name == "rewards/accuracies")
         self._step_means.reset()
 
     def _loss_by_source(self, batch: Batch, scored: ScoredAnswers, compared: Comparison) -> RowValues:
@@ -149,7 +153,8 @@ class PreferenceLitModule(MultiModalLitModule):
             is_own_B = torch.tensor([source == name for source in sources], device=total_B.device)
             own = compared if len(names) == 1 else self.compare(scored.in_rows(is_own_B))
             first = sources.index(name)
-            total_B[first], count_B[first] = own.total.detach(), own.count
+            count = own.count.reshape(-1)[0]
+            total_B[first], count_B[first] = mean(own.total.detach(), own.count) * count, count
         return total_B, count_B
 
 

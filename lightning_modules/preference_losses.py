@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.dpo_kinds import KINDS, DPOKind, DPOOptions, check_kinds, pair_ratios
-from lightning_modules.pair_logps import Loss, Metrics, PairLogps, each, logp_metrics, pair_loss, reward_metrics
+from lightning_modules.pair_logps import (
+    Loss,
+    Metrics,
+    PairLogps,
+    combine,
+    each,
+    logp_metrics,
+    pair_loss,
+    reward_metrics,
+    token_nll,
+)
 
 
 def dpo(
@@ -27,7 +37,8 @@ def dpo(
 ) -> Loss:
     """Direct preference optimisation (arXiv 2305.18290, equation 7), in all its kinds, or a weighted sum of several.
 
-    MPO (arXiv 2411.10442) is {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}. Each kind's function has its equation.
+    MPO (arXiv 2411.10442) is {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}. Each kind's function has its equation; `sft` is
+    -(sum of log-probabilities of all tokens of the chosen answers) / (their number) (RPO, arXiv 2404.19733).
 
     Args:
         policy: Log-probabilities under the policy.
@@ -39,7 +50,8 @@ def dpo(
         importance_P: Factor of each pair's loss, from `wpo_importance`; `sft` has none. None: 1.
 
     Returns:
-        Sum, number of pairs, and TRL's metrics; with several kinds also `loss/<kind>`.
+        Sum, number of pairs, and TRL's metrics; with several kinds also `loss/<kind>`. With `sft` sum and number of tokens come
+        second.
 
     Raises:
         ValueError: From `check_kinds`.
@@ -49,13 +61,17 @@ def dpo(
     total_P = torch.zeros_like(policy.chosen_P)
     metrics = reward_metrics(options.beta * pairs.chosen_P, options.beta * pairs.rejected_P) | logp_metrics(policy)
     for kind, weight in kinds.items():
+        if kind == "sft":
+            metrics |= {"loss/sft": metrics["nll_loss"]} if len(kinds) > 1 else {}
+            continue
         loss_P = KINDS[kind](pairs)
-        if importance_P is not None and kind != "sft":
+        if importance_P is not None:
             loss_P = importance_P * loss_P
         if len(kinds) > 1:
             metrics[f"loss/{kind}"] = each(loss_P)
         total_P = total_P + weight * loss_P
-    return pair_loss(total_P, weight_P, metrics)
+    loss = pair_loss(total_P, weight_P, metrics)
+    return combine(loss, (kinds["sft"], token_nll(policy))) if "sft" in kinds else loss
 
 
 def media_preference(policy: PairLogps, reference: PairLogps, beta: float = 0.1) -> Loss:

@@ -51,7 +51,7 @@ def simpo(
         weight_P: Weight of each pair in the mean; None: 1.
 
     Returns:
-        Sum, number of pairs, and TRL's metrics, log-probabilities a token.
+        Sum, number of pairs, and TRL's metrics, log-probabilities a token. With `nll_weight` those of tokens come second.
     """
     chosen_P, rejected_P = (beta * _alpha_reward(mean_P, alpha) for mean_P in policy.means())
     metrics = reward_metrics(chosen_P, rejected_P) | logp_metrics(policy, normalized=True)
@@ -78,7 +78,7 @@ def cpo(
         weight_P: Weight of each pair in the mean; None: 1.
 
     Returns:
-        Sum, number of pairs, and TRL's metrics.
+        Sums and numbers, of pairs and of tokens, and TRL's metrics.
 
     Raises:
         ValueError: `label_smoothing` means nothing to the kind.
@@ -110,7 +110,8 @@ def orpo(policy: PairLogps, beta: float = 0.1, weight_P: Tensor | None = None) -
         weight_P: Weight of each pair in the mean of the odds ratio; None: 1.
 
     Returns:
-        Sum, number of pairs, and TRL's metrics, with `log_odds_ratio`, the mean of log sigmoid, and `log_odds_chosen`.
+        Sums and numbers, of pairs and of tokens, and TRL's metrics, with `log_odds_ratio`, the mean of log sigmoid, and
+        `log_odds_chosen`.
     """
     chosen_P, rejected_P = policy.means()
     log_odds_P = _log_odds(chosen_P) - _log_odds(rejected_P)
@@ -152,8 +153,7 @@ def bradley_terry(
 def _with_nll(policy: PairLogps, loss: Loss, weight: float) -> Loss:
     if weight == 0:
         return loss
-    nll = token_nll(policy)
-    return combine(loss, (weight, (nll, torch.ones_like(nll), {})))
+    return combine(loss, (weight, token_nll(policy)))
 
 
 def _alpha_reward(mean_P: Tensor, alpha: float) -> Tensor:

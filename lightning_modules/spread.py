@@ -83,8 +83,11 @@ class SpreadLitModule(MeasuringLitModule):
         if not self.is_lent:
             self._used |= used_parts(self.model, batch)
         if self.device_mesh is not None:
-            return torch.zeros((), device=self.device, requires_grad=True) if total is None else total
-        return touch_idle_parts(total, self.model, batch) if self.trainer.world_size > 1 else total
+            total = torch.zeros((), device=self.device, requires_grad=True) if total is None else total
+        elif self.trainer.world_size > 1:
+            total = touch_idle_parts(total, self.model, batch)
+        # Lightning divides by the number of batches of a step; `on_before_optimizer_step` divides by that of tokens
+        return None if total is None else total * self.trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Completes the gradients, and takes away those of parts that no process used in the step, as on one device.

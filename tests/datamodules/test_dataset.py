@@ -8,9 +8,9 @@ from torch.utils.data import DataLoader
 
 from datamodules.augment import ImageAugment, rng
 from datamodules.batch import IGNORE_INDEX, Example, RowError
+from datamodules.collate import Collate
 from datamodules.conversation import parse_row
 from datamodules.dataset import MultiModalDataset
-from datamodules.loader import Collate
 from datamodules.media import MediaLimits
 from datamodules.media_image import ImageLimits, decode_image
 from datamodules.processor import Processor, PromptOptions

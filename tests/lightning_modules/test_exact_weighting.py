@@ -9,8 +9,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lightning_modules.cpo import CPOLitModule
 from lightning_modules.dpo import DPOLitModule
+from lightning_modules.mdpo import MDPOLitModule
 from lightning_modules.multimodal import MultiModalLitModule
+from lightning_modules.orpo import ORPOLitModule
 from lightning_modules.simpo import SimPOLitModule
 from tests.lightning_modules.preference_fakes import make_module, sgd, write_pairs
 from tests.lightning_modules.processes import in_two_processes
@@ -23,17 +26,17 @@ Job = Callable[[Path, dict[str, Any], int, int], None]
 
 
 @pytest.fixture
-def job(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> Callable[[type[MultiModalLitModule]], Job]:
-    """`job(kind)(folder, trainer_options, batch_size, accumulate)`: two steps of eight rows; keeps losses and weights.
+def job(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> Callable[..., Job]:
+    """`job(kind, **options)(folder, trainer_options, batch_size, accumulate)`: two steps of eight rows; keeps losses and weights.
 
     Rows have answers of different lengths, and some have no picture.
     """
     rows = write_pairs(tmp_path / "rows.jsonl", ROWS)
 
-    def make(kind: type[MultiModalLitModule]) -> Job:
+    def make(kind: type[MultiModalLitModule], **options: Any) -> Job:
         def run(folder: Path, trainer_options: dict[str, Any], batch_size: int, accumulate: int) -> None:
             torch.manual_seed(4)
-            module: Any = make_module(kind, tiny_llm, tiny_clip, optimizer=sgd())  # type: ignore[type-var]
+            module: Any = make_module(kind, tiny_llm, tiny_clip, optimizer=sgd(), **options)  # type: ignore[type-var]
             losses: list[Tensor] = []
 
             def look(trainer: Any, module: LightningModule) -> None:
@@ -60,25 +63,44 @@ def same(folder: Path, other: Path, rank: int = 0) -> None:
         assert torch.allclose(got[name], tensor, atol=1e-6, rtol=0), name
 
 
-def test_batches_and_processes_do_not_matter(job: Callable[..., Job], tmp_path: Path) -> None:
-    run = job(MultiModalLitModule)
-    for batch_size, accumulate in BATCHES:
-        run(tmp_path / f"{batch_size}", {}, batch_size, accumulate)
-        same(tmp_path / "8", tmp_path / f"{batch_size}")
-    assert in_two_processes(run, tmp_path / "two", batch_size=2, accumulate=2) == [0, 0]
-    for rank in range(2):
-        same(tmp_path / "8", tmp_path / "two", rank)
+def check(run: Job, folder: Path, batches: tuple[tuple[int, int], ...], of_two_processes: tuple[tuple[int, int], ...]) -> None:
+    for batch_size, accumulate in batches:
+        run(folder / f"{batch_size}", {}, batch_size, accumulate)
+        same(folder / "8", folder / f"{batch_size}")
+    for batch_size, accumulate in of_two_processes:
+        two = folder / f"two-{batch_size}"
+        assert in_two_processes(run, two, batch_size=batch_size, accumulate=accumulate) == [0, 0]
+        for rank in range(2):
+            same(folder / "8", two, rank)
+
+
+@pytest.mark.parametrize("kind", [MultiModalLitModule, ORPOLitModule])
+def test_batches_and_processes_do_not_matter(job: Callable[..., Job], tmp_path: Path, kind: type[MultiModalLitModule]) -> None:
+    check(job(kind), tmp_path, BATCHES[::2], ((2, 2),))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [MultiModalLitModule, DPOLitModule, SimPOLitModule])
-def test_nor_do_they_where_answers_are_compared(job: Callable[..., Job], tmp_path: Path, kind: type[MultiModalLitModule]) -> None:
-    run = job(kind)
-    for batch_size, accumulate in BATCHES:
-        run(tmp_path / f"{batch_size}", {}, batch_size, accumulate)
-        same(tmp_path / "8", tmp_path / f"{batch_size}")
-    for batch_size, accumulate in ((4, 1), (1, 4)):
-        folder = tmp_path / f"two-{batch_size}"
-        assert in_two_processes(run, folder, batch_size=batch_size, accumulate=accumulate) == [0, 0]
-        for rank in range(2):
-            same(tmp_path / "8", folder, rank)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(MultiModalLitModule, {}, id="sft"),
+        pytest.param(DPOLitModule, {}, id="dpo"),
+        pytest.param(DPOLitModule, {"loss_type": {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}}, id="mpo"),
+        pytest.param(DPOLitModule, {"loss_type": "sft"}, id="sft of pairs"),
+        pytest.param(MDPOLitModule, {"loss_type": {"sigmoid": 1.0, "sft": 0.5}}, id="mdpo"),
+        pytest.param(SimPOLitModule, {}, id="simpo"),
+        pytest.param(SimPOLitModule, {"nll_weight": 0.5}, id="simpo with likelihood"),
+        pytest.param(CPOLitModule, {}, id="cpo"),
+        pytest.param(ORPOLitModule, {}, id="orpo"),
+    ],
+)
+def test_nor_do_they_where_answers_are_compared(
+    job: Callable[..., Job], tmp_path: Path, kind: type[MultiModalLitModule], options: dict[str, Any]
+) -> None:
+    check(job(kind, **options), tmp_path, BATCHES, ((4, 1), (1, 4)))
+
+
+def test_data_that_cannot_count_ahead_are_refused(tiny_llm: Path, tmp_path: Path) -> None:
+    module = make_module(ORPOLitModule, tiny_llm, None)
+    with pytest.raises(ValueError, match="2 terms with counts of their own.*a subclass of RowDataModule, got NoneType"):
+        make_trainer(tmp_path).fit(module, [])

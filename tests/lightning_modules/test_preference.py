@@ -27,6 +27,7 @@ from lightning_modules.kto import KTOLitModule
 from lightning_modules.mdpo import MDPOLitModule
 from lightning_modules.multimodal import MultiModalLitModule
 from lightning_modules.orpo import ORPOLitModule
+from lightning_modules.pair_logps import mean
 from lightning_modules.preference import PreferenceLitModule
 from lightning_modules.references import AdapterOff, FrozenCopy, SecondAdapter
 from lightning_modules.simpo import SimPOLitModule
@@ -127,7 +128,7 @@ class TestLoss:
         module.configure_model()
         data = make_data(module, rows)
         total, count = module.step(data.collate(examples(data)[:4]), "train") or (None, None)
-        assert float(total / count) == pytest.approx(expected, rel=1e-5)
+        assert float(mean(total, count)) == pytest.approx(expected, rel=1e-5)
 
     @pytest.mark.parametrize("kind", [DPOLitModule, KTOLitModule, SimPOLitModule, ORPOLitModule, CPOLitModule, MDPOLitModule])
     def test_a_shared_prompt_changes_nothing(
@@ -140,8 +141,8 @@ class TestLoss:
             batch = data.collate(examples(data))
             module.zero_grad()
             total, count = module.step(batch, "train")
-            total.backward()
-            losses.append((float(total), float(count), len(batch["tokens_BT"])))
+            total.sum().backward()
+            losses.append((float(mean(total, count)), count.tolist(), len(batch["tokens_BT"])))
             gradients.append({name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None})
         assert losses[0][2] < losses[1][2] and losses[0][1] == losses[1][1]
         assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)

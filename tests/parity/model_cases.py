@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from datamodules.batch import IGNORE_INDEX
 from lightning_modules.logprobs import score_tokens
 from lightning_modules.losses import supervised
+from lightning_modules.pair_logps import mean
 
 Family = Literal["llama", "llava"]
 FAMILIES: tuple[Family, ...] = ("llama", "llava")
@@ -183,10 +184,10 @@ def our_model_loss(case: Case, model: Any, answers: Answers, inputs: Inputs | No
         policy_S, _ = _scores(model, answers.rows, answers)
     total, count, _ = our_loss(case, inputs, policy_S)
     if case.loss != "orpo":
-        return total / count
+        return mean(total, count)
     whole_S, _ = _scores(model, answers.rows, answers, _of_chosen(labels_of(answers.rows, "attention_mask")))
     chosen_S = policy_S[: sum(LENGTHS[:NUM_PAIRS])]
-    return total / count + chosen_S.mean() - whole_S.mean()
+    return mean(total, count) + chosen_S.mean() - whole_S.mean()
 
 
 def _of_chosen(labels_AT: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from lightning_modules.cpo import CPOLitModule
 from lightning_modules.dpo import DPOLitModule
 from lightning_modules.kto import KTOLitModule
 from lightning_modules.orpo import ORPOLitModule
+from lightning_modules.pair_logps import mean
 from lightning_modules.preference import PreferenceLitModule
 from lightning_modules.reward_model import RewardLitModule
 from lightning_modules.simpo import SimPOLitModule
@@ -88,8 +89,8 @@ class Compared:
     def assert_same(self, trainer: Any, theirs: Tensor) -> None:
         self.module.zero_grad()
         total, count = self.module.step(self.batch, "train") or (None, None)
-        (total / count).backward()
-        torch.testing.assert_close((total / count).detach(), theirs.detach(), **TOLERANCE)
+        mean(total, count).backward()
+        torch.testing.assert_close(mean(total, count).detach(), theirs.detach(), **TOLERANCE)
         trainer.model.zero_grad()
         theirs.backward()
         expected = dict(trainer.model.named_parameters())
