@@ -6,6 +6,8 @@ The same LLaVA-shaped weights of SmolLM2-135M's size (`benchmarks/shared/llava_s
 rows of 512 tokens with a picture of 256. Each peer is a process of its own and takes its steps in turn with the others; time is
 process CPU-seconds, the least of the steps after the first. Memory is the peak resident set above that before the first step. The
 losses of all steps must agree. `mfu_cpu` is the share of the best matrix product of the same process that a step of ours reaches.
+`ratio_limit` is what the ratio would be if a step of ours took no longer than the products and the attention that both peers have
+to compute, each timed alone at its shape: norms, gates, rotations, sums, the optimizer and all of Python free of charge.
 TRL takes part where it is installed (requirements-parity.txt).
 """
 
@@ -15,6 +17,9 @@ import json
 import os
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +191,39 @@ def useful_gflops(num_supervised: int) -> float:
     return (4 * body * tokens + 6 * adapters * tokens + attention + head + vision) / 1e9
 
 
+def floor_seconds(num_supervised: int) -> float:
+    """CPU-seconds of the products and the attention of a step, by torch's own kernels, each the best of five."""
+    tokens, pixels, width, rank = ROWS * TOKENS, ROWS * (shape.NUM_PATCHES + 1), shape.WIDTH, shape.RANK
+    products = [(1, num_supervised * ROWS, width, shape.VOCABULARY), (1, num_supervised * ROWS, shape.VOCABULARY, width)]
+    products += [(5 * 4, pixels, 384, 384), (5, pixels, 384, 1536), (5, pixels, 1536, 384)]
+    for inner, outer in ((width, width), (width, 192), (width, 192), (width, width), (width, 1536), (width, 1536), (1536, width)):
+        frozen = [(tokens, inner, outer), (tokens, outer, inner)]
+        adapters = [(tokens, inner, rank), (tokens, rank, outer)]  # forward, then the gradients of its inputs and of its weights
+        adapters += [(tokens, outer, rank), (tokens, rank, inner), (rank, tokens, inner), (outer, tokens, rank)]
+        products += [(shape.NUM_LAYERS, *sizes) for sizes in (*frozen, *adapters)]
+    query = torch.randn(ROWS, 9, TOKENS, 64, requires_grad=True)
+    key, value = (torch.randn(ROWS, 3, TOKENS, 64, requires_grad=True) for _ in range(2))
+    grad = torch.randn(ROWS, 9, TOKENS, 64)
+
+    def attend() -> None:
+        torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).backward(grad)
+
+    total = shape.NUM_LAYERS * _best_seconds(attend)
+    for count, rows, inner, outer in products:
+        a, b = torch.randn(rows, inner), torch.randn(inner, outer)
+        total += count * _best_seconds(partial(torch.mm, a, b))
+    return total
+
+
+def _best_seconds(run: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(5):
+        started = time.process_time()
+        run()
+        seconds.append(time.process_time() - started)
+    return min(seconds)
+
+
 def compare(folder: Path, percent: int, num_steps: int, peers: list[str]) -> dict[str, float]:
     """Prints what a step of each peer costs, and gives the figures."""
     commands = {
@@ -207,8 +245,12 @@ def compare(folder: Path, percent: int, num_steps: int, peers: list[str]) -> dic
         figures[f"{ratio}_{percent}"] = round(seconds[peer] / seconds["omnilit"], 3)
         memory = "memory_ratio" if peer == "hf" else f"memory_ratio_{peer}"
         figures[f"{memory}_{percent}"] = round(steps["omnilit"][-1]["extra_mib"] / steps[peer][-1]["extra_mib"], 3)
+    if "hf" in seconds:
+        figures[f"ratio_limit_{percent}"] = round(seconds["hf"] / floor_seconds(SUPERVISED[percent]), 3)
     peak = max(step["gemm_gflops"] for step in steps["omnilit"])
-    figures[f"mfu_cpu_{percent}"] = round(useful_gflops(SUPERVISED[percent]) / seconds["omnilit"] / peak, 3)
+    figures["mfu_cpu" if percent == 25 else f"mfu_cpu_{percent}"] = round(
+        useful_gflops(SUPERVISED[percent]) / seconds["omnilit"] / peak, 3
+    )
     return figures
 
 
