@@ -1,4 +1,5 @@
-# Each target sets up what it needs in .venv, once. `make demo`, `make test`, `make test-slow`, `make test-all`, `make lint types`.
+# Each target sets up what it needs in .venv, once. `make demo`, `make demo-dpo`, `make test`, `make test-slow`, `make test-all`,
+# `make lint types`.
 #
 # PIP_ARGS goes to pip. On a Linux machine without an NVIDIA GPU it saves some 4 GB to name PyTorch's CPU wheel index
 # (its address is on pytorch.org's install page):  make demo PIP_ARGS="--extra-index-url <CPU wheel index>"
@@ -6,10 +7,13 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-all lint types clean
+.PHONY: demo demo-dpo test test-slow test-all lint types clean
 
 demo: .venv/.demo
 	GOMP_SPINCOUNT=0 $(BIN)/python -m demo.run  # threads that wait do not burn a core that others share
+
+demo-dpo: .venv/.demo
+	GOMP_SPINCOUNT=0 $(BIN)/python -m demo.dpo  # goes on from what `make demo` trained
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow and not real"

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "lightning_modules": {"lightning_modules", "models", "encoders", "datamodules"},
     "inspection": {"inspection", "datamodules", "lightning_modules.commands"},
     "deployment": {"deployment", "models", "datamodules"},
-    "demo": {"demo", "train", "encoders"},
+    "demo": {"demo", "train", "encoders", "datamodules", "deployment"},
 }
 
 
