@@ -166,7 +166,7 @@ def scores_of(before: Named, after: Named, wrong_R: Tensor) -> dict[str, float]:
         after: What it makes of them now.
         wrong_R: The wrong name in each pair.
     """
-    scores = {}
+    scores: dict[str, float] = {}
     for when, named in (("before", before), ("after", after)):
         margin_R = named.margins(wrong_R)
         scores |= {
