@@ -157,7 +157,7 @@ def _measures(report: Report) -> Iterator[str]:
         tenths = np.round(10 * np.log10(np.maximum(report.sharpness, 1))).astype(np.int64)
         bins = histogram(tenths)
         mark = (10 * math.log10(max(report.thresholds.blur, 1)), f"blur {report.thresholds.blur:g}")
-        labels = [(10.0 * power, f"{10**power:,}") for power in range(6) if power == 0 or 10 * power <= tenths.max() + 10]
+        labels = [(10.0 * power, f"{10**power:,}") for power in range(6)]
         plot = bars([[count] for count in bins.counts], ["var(--image-tokens)"], bins.start, bins.width, [mark], labels)
         yield f"<h3>sharpness of images: variance of the Laplacian, logarithmic</h3>{plot}"
     if report.levels_db:

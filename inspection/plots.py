@@ -28,7 +28,7 @@ def bars(
         start: Where the first bin begins.
         width: Width of a bin.
         marks: Values with a line and its name.
-        labels: Values to name below the axis; None: the first, the middle and the last edge of a bin.
+        labels: Values to name below the axis, where it has them; None: the first, the middle and the last edge of a bin.
     """
     edges = [start, start + width * len(parts_EK)]
     low = min([edges[0], *(value for value, _ in marks)])
@@ -49,6 +49,8 @@ def bars(
     if labels is None:
         labels = [(value, f"{value:,.0f}") for value in (low, (low + high) / 2, high)]
     for value, text in labels:
+        if not low <= value <= high:
+            continue
         x = LEFT + (value - low) * scale_x
         shapes.append(_text(x, HEIGHT - 8, text, _anchor(x)))
     for number, (value, text) in enumerate(marks):

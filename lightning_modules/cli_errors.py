@@ -32,8 +32,10 @@ def explain(message: str, option_names: Iterable[str]) -> str:
     """
     place, class_path, text = _innermost(message)
     if name := next((found for pattern in _WRONG_NAME for found in re.findall(pattern, text)), None):
-        known = {*option_names, *_options(pydoc.locate(class_path)), *_class_names()}
+        known = {*option_names, *_options(pydoc.locate(class_path)), *_class_names(text)}
         return _explain_name(name, place, text, known)
+    if several := re.search(r"Multiple subclasses with name (\w+)\..*?: (.*)\.", text):
+        return f"{place}: {several[1]} is the name of several classes. Give the whole path of one: {several[2]}"
     value = re.search(r"(?:Got value: |Given value: )(.*)", text)
     kinds = re.findall(r"Expected an? (.*?)(?:\. Got value: .*)?$", text, re.MULTILINE)
     if value and kinds:
@@ -128,9 +130,11 @@ def _options(cls: Any, prefix: str = "") -> Iterator[str]:
                     yield from _options(kind, f"{prefix}{parameter.name}.")
 
 
-def _class_names() -> Iterator[str]:
-    """Names of all imported classes that a YAML can name."""
+def _class_names(text: str) -> Iterator[str]:
+    """Names of all imported classes that a YAML can name, also of those that a parser's text says it expected."""
     pending: list[type] = [Part, L.LightningModule, L.LightningDataModule, L.Callback, Logger, Optimizer, LRScheduler]
+    expected = map(pydoc.locate, re.findall(r"<class '(\w+\.[\w.]+)'>", text))
+    pending += [cls for cls in expected if inspect.isclass(cls)]
     while pending:
         cls = pending.pop()
         yield cls.__name__

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from deployment.ask import ask, load, main
 from encoders.image import HFVisionEncoder
@@ -109,6 +109,16 @@ def test_a_checkpoint_is_enough(
 ) -> None:
     alone = shutil.copy(run / "checkpoints/last.ckpt", tmp_path / "sent.ckpt")
     assert say(capsys, alone, predicted[0]["prompt"], rows.parent / "rows-0.png").strip() == predicted[0]["response"]
+
+
+def test_files_are_decoded_in_a_process_of_their_own(
+    run: Path, rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(self: ImageFile.ImageFile) -> None:
+        pytest.fail(f"{self} is decoded in this process")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    assert say(capsys, run, "What?", rows.parent / "rows-0.png").strip()
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,17 @@ class TestExplain:
             main(["fit"])
         assert "--config configs/sft/tiny.yaml" in capsys.readouterr().err
 
+    def test_the_scorer_of_a_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main(["doctor", "--config", "configs/sft/tiny.yaml", "--scorer=CLIPScorr"])
+        assert "CLIPScorr is no known name in scorer. Did you mean CLIPScorer?" in capsys.readouterr().err
+
+    def test_a_name_that_several_classes_have(self) -> None:
+        message = "Multiple subclasses with name SGD. Give the full class path to avoid ambiguity: torch.optim.SGD, b.SGD."
+        assert explain(f'Parser key "model":\n  Parser key "optimizer":\n    - Expected a path\n    - {message}', []) == (
+            "model.optimizer: SGD is the name of several classes. Give the whole path of one: torch.optim.SGD, b.SGD"
+        )
+
     def test_an_unknown_message_becomes_one_paragraph(self) -> None:
         assert explain("Something\n  new\n\n is wrong", []) == "Something new is wrong"
 
