@@ -28,26 +28,36 @@ GOAL = 5.0
 HEIGHT, WIDTH, FPS = 360, 640, 30
 
 
-def render(path: Path, seconds: int, keyframe_every: int, seed: int) -> None:
-    """Writes an H.264 clip of a textured picture that drifts under a moving square, with noise on it."""
+def render(
+    path: Path, seconds: int, keyframe_every: int, seed: int, height: int = HEIGHT, width: int = WIDTH, repeat: int = 1
+) -> None:
+    """Writes an H.264 clip of a textured picture that drifts under a moving square, with noise on it, so many times over."""
     import av
 
     rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (HEIGHT // 8 + 60, WIDTH // 8 + 60, 3), dtype=np.uint8)
+    coarse = rng.integers(0, 256, (height // 8 + 60, width // 8 + 60, 3), dtype=np.uint8)
     background = coarse.repeat(8, 0).repeat(8, 1)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"g": str(keyframe_every), "preset": "veryfast"})
-        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        packets = []
         for number in range(seconds * FPS):
             shift = number // 4 % 400
-            picture = background[shift : shift + HEIGHT, shift : shift + WIDTH].copy()
-            left = 5 * number % (WIDTH - 80)
+            picture = background[shift : shift + height, shift : shift + width].copy()
+            left = 5 * number % (width - 80)
             picture[140:220, left : left + 80] = number % 256
             picture[::4, ::4] ^= rng.integers(0, 8, picture[::4, ::4].shape, dtype=np.uint8)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, FPS)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            packets += stream.encode(frame)
+        packets += stream.encode(None)
+        for turn in range(repeat):
+            for packet in packets:
+                copy = av.Packet(bytes(packet))
+                copy.stream, copy.is_keyframe, copy.time_base = stream, packet.is_keyframe, packet.time_base
+                later = round(turn * seconds / packet.time_base)
+                copy.pts, copy.dts, copy.duration = packet.pts + later, packet.dts + later, packet.duration
+                container.mux(copy)
 
 
 def whole_by_decord(path: Path, numbers: list[int]) -> Any:

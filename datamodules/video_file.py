@@ -33,6 +33,9 @@ VIDEO_FORMATS: dict[str, re.Pattern[bytes]] = {
 }
 """What a container starts with, by the name of FFmpeg's reader of it."""
 
+_WITH_ALL_IN_HEADER = frozenset({"mov"})
+"""Others leave to their frames how large these are, or when the first one is shown."""
+
 
 @dataclass(frozen=True)
 class VideoFile:
@@ -68,14 +71,20 @@ class VideoFile:
         )
 
     @contextmanager
-    def open(self) -> "Iterator[tuple[InputContainer, VideoStream]]":
-        """Yields the container and its main video stream; what FFmpeg then raises for the file is a `MediaError`."""
+    def open(self, for_header: bool = False) -> "Iterator[tuple[InputContainer, VideoStream]]":
+        """Yields the container and its main video stream; what FFmpeg then raises for the file is a `MediaError`.
+
+        Args:
+            for_header: Frames are not asked for. FFmpeg decodes one of them when it opens a file, which costs more than all the
+                rest; a container that says all by itself is opened without.
+        """
         import av
         from av.video.stream import VideoStream
 
+        options = {"codec_whitelist": "none"} if for_header and self.container in _WITH_ALL_IN_HEADER else {}
         file = io.BytesIO(self.found) if isinstance(self.found, bytes) else str(self.found)
         try:
-            with av.open(file, "r", format=self.container, metadata_errors="replace") as container:
+            with av.open(file, "r", format=self.container, options=options, metadata_errors="replace") as container:
                 stream = container.streams.best("video")
                 if not isinstance(stream, VideoStream):
                     kinds = ", ".join(sorted({other.type for other in container.streams})) or "nothing"

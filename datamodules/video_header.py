@@ -52,7 +52,7 @@ def read_header(video: VideoFile) -> VideoHeader:
         num_bytes = file.seek(0, io.SEEK_END)
     if turns is None:
         raise MediaError(f"{video.name} asks to be shown mirrored, which is not done here: encode it again as it should look")
-    with video.open() as (container, stream):
+    with video.open(for_header=True) as (container, stream):
         first = next((packet for packet in container.demux(stream) if packet.size), None)
         if first is None:
             raise MediaError(f"{video.name} holds no frames")

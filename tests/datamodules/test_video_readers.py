@@ -96,6 +96,17 @@ def test_bytes_are_read_like_files(name: str, written: Callable[[str], VideoFile
         assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("name", ["even.mp4", "uneven.mp4"])
+def test_the_header_of_an_mp4_is_read_without_a_decoder(name: str, written: Callable[[str], VideoFile]) -> None:
+    video = written(name)
+    with video.open(for_header=True) as (_, stream):
+        assert stream.codec_context.pix_fmt is None  # which only a frame says
+    with video.open() as (_, stream):
+        assert stream.codec_context.pix_fmt == "yuv420p"
+        header = read_header(video)
+        assert (header.height, header.width) == (stream.codec_context.height, stream.codec_context.width)
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_a_reader_leaves_no_frames_to_the_garbage_collector(reader: str, written: Callable[[str], VideoFile]) -> None:
     """It would free them at any later time, also in a worker that was forked meanwhile."""
