@@ -5,7 +5,8 @@
 Lengths as in mixtures of images and text: `llava`, 576 image tokens and a text of log-normal length; `mixed`, 0 to 9 pictures of
 256 tokens and such a text; `speech`, 1 to 30 seconds of sound at 12.5 tokens and a short text. An epoch of 200,000 rows goes into
 rows of 4,096 tokens, as training does, in windows of 16,384. `fill` is the share of the packs' places that hold a token (of
-`mixed`), `padded` that of batches of 8 random rows, `grouped` that of batches of like length. `imbalance_64` is by how much 64
+`mixed`), `fill_bound` the share that nobody gets beyond (bound L2 of Martello & Toth), `padded` that of batches of 8 random rows,
+`grouped` that of batches of like length. `imbalance_64` is by how much 64
 processes, each with a pack a step, wait for the slowest (max / mean of the cost that the planner assumes); beside it that of
 packs in random order. `plan_seconds` is the CPU time of packing 1,000,000 rows.
 
@@ -13,8 +14,9 @@ packs in random order. `plan_seconds` is the CPU time of packing 1,000,000 rows.
 backward, for the pack of median cost and the heads of SmolLM2-135M in float32; `attention_memory_ratio_*` is the same of the peak
 memory above that before. Each is measured in a process of its own.
 
-`lengths_ratio_*` is how much longer decoding a medium takes than reading from its header what it becomes, in CPU time: a JPEG of
-1920 x 1080, 8 frames of 10 seconds of H.264 at 640 x 360, 30 seconds of WAV at 44.1 kHz as 16 kHz.
+`lengths_ratio_*` is how much longer decoding a medium takes than reading from its header what it becomes, both in this process,
+in CPU time: a JPEG of 12 megapixels, 8 frames of a minute of H.264 at 1920 x 1080, and 10 minutes of WAV at 44.1 kHz as 16 kHz;
+`lengths_ratio_small_*` a JPEG of 1920 x 1080, 8 frames of 10 seconds at 640 x 360, and 30 seconds of WAV.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch makes its threads
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,7 +43,8 @@ from benchmarks.video_decode import measure, render
 from datamodules.batching import Batching, pack_costs
 from datamodules.content import Media
 from datamodules.media import MediaLimits, decode, probe
-from datamodules.packing import Packs, RowSizes, best_fit, imbalance
+from datamodules.modality import Modality
+from datamodules.packing import Packs, RowSizes, fewest_packs, imbalance, pack
 from datamodules.parts import media_shape
 from datamodules.sources import MediaRoot
 from encoders.sampling import FrameSampling
@@ -106,27 +109,33 @@ def _attend(segments_BT: torch.Tensor, by_mask: bool, sender: Any) -> None:
     sender.send((min(seconds[1:]), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
 
 
-def length_ratios(folder: Path) -> dict[str, float]:
-    """How much longer decoding takes than reading the header, by modality."""
+def length_costs(folder: Path) -> dict[str, tuple[float, float]]:
+    """CPU-seconds of decoding and of reading the header, by medium."""
     generator = np.random.default_rng(0)
-    coarse = Image.fromarray(generator.integers(256, size=(68, 120, 3), dtype=np.uint8))
-    coarse.resize((1920, 1080)).save(folder / "picture.jpg")
-    render(folder / "clip.mp4", 10, 30, 0)
-    soundfile.write(folder / "sound.wav", generator.normal(0, 0.1, 30 * 44_100), 44_100)
+    coarse = Image.fromarray(generator.integers(256, size=(94, 125, 3), dtype=np.uint8))
+    noise = generator.normal(0, 0.1, 600 * 44_100).astype(np.float32)
+    for name, size, clip, seconds in (
+        ("small_", (1920, 1080), {"seconds": 10}, 30),
+        ("", (4000, 3000), {"seconds": 6, "height": 1080, "width": 1920, "repeat": 10}, 600),
+    ):
+        coarse.resize(size).save(folder / f"{name}image.jpg")
+        render(folder / f"{name}video.mp4", keyframe_every=60, seed=0, **clip)
+        soundfile.write(folder / f"{name}audio.wav", noise[: seconds * 44_100], 44_100)
     transform = SimpleNamespace(sampling=FrameSampling(num_frames=8), sample_rate=16_000, min_samples=1)
     root, limits = MediaRoot(folder), MediaLimits(isolate=False)
-    ratios: dict[str, float] = {}
-    for medium in (Media("image", "picture.jpg"), Media("video", "clip.mp4"), Media("audio", "sound.wav")):
+    costs: dict[str, tuple[float, float]] = {}
+    for path in sorted(folder.iterdir()):
+        medium = Media(cast(Modality, path.stem.removeprefix("small_")), path.name)
         assert media_shape(decode(medium, root, limits, transform)) == probe(medium, root, limits, transform)
-        costs = measure(
+        seconds_of = measure(
             {
                 "decode": lambda m=medium: decode(m, root, limits, transform),
                 "probe": lambda m=medium: [probe(m, root, limits, transform) for _ in range(20)],
             },
-            5,
+            3,
         )
-        ratios[f"lengths_ratio_{medium.modality}"] = round(20 * costs["decode"] / costs["probe"])
-    return ratios
+        costs[path.stem] = seconds_of["decode"], seconds_of["probe"] / 20
+    return costs
 
 
 def main() -> None:
@@ -135,37 +144,41 @@ def main() -> None:
     args = parser.parse_args()
     figures: dict[str, float] = {}
     plans: dict[str, tuple[RowSizes, Packs]] = {}
-    print(f"{'rows':<8} {'padded':>8} {'grouped':>8} {'packed':>8} {'imbalance, at random':>22} {'balanced':>9}")
+    print(f"{'rows':<8} {'padded':>8} {'grouped':>8} {'packed':>8} {'bound':>8} {'imbalance, at random':>22} {'balanced':>9}")
     for kind in ("llava", "mixed", "speech"):
         sizes = lengths(kind, args.rows)
         packs = Batching(kind="packed", max_tokens=MAX_TOKENS).units(sizes, 64, 0)
         plans[kind] = sizes, packs
         costs = pack_costs(packs, sizes)
         fill = float(sizes.tokens_R.sum() / (len(packs) * MAX_TOKENS))
+        bound = float(sizes.tokens_R.sum() / (fewest_packs(sizes.tokens_R, MAX_TOKENS) * MAX_TOKENS))
         at_random = imbalance(np.random.default_rng(1).permutation(costs), 64)
-        row = (padded_fill(sizes.tokens_R), grouped_fill(sizes), fill, at_random, imbalance(costs, 64))
-        print(f"{kind:<8} {row[0]:>8.3f} {row[1]:>8.3f} {row[2]:>8.4f} {row[3]:>22.3f} {row[4]:>9.4f}", flush=True)
-        figures |= {f"fill_{kind}": round(fill, 4), f"imbalance_64_{kind}": round(row[4], 4), f"padded_{kind}": round(row[0], 3)}
+        row = (padded_fill(sizes.tokens_R), grouped_fill(sizes), fill, bound, at_random, imbalance(costs, 64))
+        print(f"{kind:<8} {row[0]:>8.3f} {row[1]:>8.3f} {fill:>8.4f} {bound:>8.4f} {at_random:>22.3f} {row[5]:>9.4f}", flush=True)
+        figures |= {f"fill_{kind}": round(fill, 4), f"fill_bound_{kind}": round(bound, 4)}
+        figures |= {f"imbalance_64_{kind}": round(row[5], 4), f"padded_{kind}": round(row[0], 3)}
     print(f"\n{'attention':<9} {'samples':>8} {'CPU-s, by row':>14} {'by sample':>10} {'MiB, by row':>12} {'by sample':>10}")
     for kind, (sizes, packs) in plans.items():
         costs = pack_costs(packs, sizes)
-        pack = packs.lists()[int(np.argsort(costs)[len(costs) // 2])]
-        costs_of = attention_costs(sizes.tokens_R[pack])
+        median = packs.lists()[int(np.argsort(costs)[len(costs) // 2])]
+        costs_of = attention_costs(sizes.tokens_R[median])
         (row_s, row_mib), (own_s, own_mib) = costs_of["row"], costs_of["samples"]
-        print(f"{kind:<9} {len(pack):>8} {row_s:>14.3f} {own_s:>10.3f} {row_mib:>12.0f} {own_mib:>10.0f}", flush=True)
+        print(f"{kind:<9} {len(median):>8} {row_s:>14.3f} {own_s:>10.3f} {row_mib:>12.0f} {own_mib:>10.0f}", flush=True)
         figures |= {
             f"attention_ratio_{kind}": round(row_s / own_s, 2),
             f"attention_memory_ratio_{kind}": round(row_mib / own_mib, 2),
         }
     with tempfile.TemporaryDirectory() as folder:
-        ratios = length_ratios(Path(folder))
-    print("\ndecoding / header " + "".join(f"{name.rpartition('_')[2]:>8} {ratio:>6}" for name, ratio in ratios.items()))
-    figures |= ratios
+        length_costs_of = length_costs(Path(folder))
+    print(f"\n{'length of':<12} {'ms, decoding':>14} {'by header':>10} {'ratio':>8}")
+    for name, (decoding, header) in length_costs_of.items():
+        print(f"{name:<12} {1000 * decoding:>14.1f} {1000 * header:>10.2f} {decoding / header:>8.0f}")
+        figures[f"lengths_ratio_{name}"] = round(decoding / header)
     sizes = lengths("mixed", 1_000_000)
     started = time.process_time()
-    best_fit(sizes, MAX_TOKENS)
+    pack(sizes, MAX_TOKENS)
     figures["plan_seconds"] = round(time.process_time() - started, 2)
-    figures["fill"] = figures["fill_mixed"]
+    figures |= {"fill": figures["fill_mixed"], "fill_bound": figures["fill_bound_mixed"]}
     figures["imbalance_64"] = max(value for name, value in figures.items() if name.startswith("imbalance_64_"))
     print(f"1,000,000 rows are packed in {figures['plan_seconds']} CPU-seconds")
     print(json.dumps(figures))

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from datamodules.packing import Packs, RowSizes, balance, best_fit, from_lists, similar_lengths
+from datamodules.packing import Packs, RowSizes, balance, from_lists, pack, similar_lengths
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Batching:
             seed: Draws the order of the batches.
         """
         assert self.kind != "rows", "each row is a unit of its own"
-        make = best_fit if self.kind == "packed" else similar_lengths
+        make = pack if self.kind == "packed" else similar_lengths
         lists: list[np.ndarray] = []
         for start in range(0, len(sizes.tokens_R), self.window):
             rows = np.arange(start, min(start + self.window, len(sizes.tokens_R)))
-            lists += [rows[pack] for pack in make(sizes.take(rows), self.max_tokens, self.max_encoded).lists()]
+            lists += [rows[unit] for unit in make(sizes.take(rows), self.max_tokens, self.max_encoded).lists()]
         order = balance(pack_costs(from_lists(lists), sizes), group_size, np.random.default_rng(seed))
         return from_lists([lists[unit] for unit in order.tolist()])
 

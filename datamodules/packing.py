@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from datamodules.exact_fit import exact_fit
+
 _TRIES = 16
 """Packs with room for a row's tokens that are asked whether they have room for its media, too."""
 
@@ -46,6 +48,48 @@ def from_lists(lists: Sequence[Sequence[int] | np.ndarray]) -> Packs:
     """Packs of lists of rows."""
     ends_P = np.cumsum([len(rows) for rows in lists], dtype=np.int64)
     return Packs(np.concatenate([np.asarray(rows, np.int64) for rows in lists]) if lists else np.empty(0, np.int64), ends_P)
+
+
+def pack(sizes: RowSizes, max_tokens: int, max_encoded: int | None = None) -> Packs:
+    """Packs rows so that few packs are needed: by `exact_fit`, or by `best_fit` where that needs fewer.
+
+    Packs of `exact_fit` that hold too much for the encoders are packed again.
+
+    Args:
+        sizes: Of each row.
+        max_tokens: Tokens that a pack holds; a row that is longer gets one of its own.
+        max_encoded: Tokens of encoders that a pack holds; None: any number.
+    """
+    packs = from_lists(exact_fit(sizes.tokens_R, max_tokens))
+    if max_encoded is not None:
+        is_over_P = packs.sums(sizes.encoded_R) > max_encoded
+        lists = packs.lists()
+        again_R = np.sort(np.concatenate([[], *(lists[place] for place in np.flatnonzero(is_over_P))]).astype(np.int64))
+        others = best_fit(sizes.take(again_R), max_tokens, max_encoded).lists()
+        packs = from_lists([lists[place] for place in np.flatnonzero(~is_over_P)] + [again_R[rows] for rows in others])
+    if len(packs) <= fewest_packs(sizes.tokens_R, max_tokens):
+        return packs
+    return min(packs, best_fit(sizes, max_tokens, max_encoded), key=len)
+
+
+def fewest_packs(tokens_R: np.ndarray, max_tokens: int) -> int:
+    """A number of packs below which nobody gets (the bound L2 of Martello & Toth 1990, Knapsack Problems, section 8.3).
+
+    Rows above half of a pack need one each. For any k, rows from k to one half go only into what those of them leave that have
+    at most max_tokens - k, or into further packs. With k = 0 that is the sum of all tokens.
+
+    Args:
+        tokens_R: Tokens of each row.
+        max_tokens: Tokens that a pack holds; a row that is longer gets one of its own.
+    """
+    counts_L = np.bincount(tokens_R[tokens_R <= max_tokens], minlength=max_tokens + 2)
+    rows_L = np.cumsum(counts_L[::-1])[::-1]  # with at least so many tokens
+    sums_L = np.cumsum((counts_L * np.arange(max_tokens + 2))[::-1])[::-1]  # and their tokens
+    half, k = max_tokens // 2 + 1, np.arange(max_tokens // 2 + 1)
+    above = max_tokens - k + 1
+    left = (rows_L[half] - rows_L[above]) * max_tokens - (sums_L[half] - sums_L[above])
+    further = -((left - (sums_L[k] - sums_L[half])) // max_tokens)
+    return int(rows_L[half] + max(0, further.max()) + (tokens_R > max_tokens).sum())
 
 
 def best_fit(sizes: RowSizes, max_tokens: int, max_encoded: int | None = None) -> Packs:
