@@ -69,6 +69,14 @@ def main() -> None:
     if RUN.exists():
         shutil.rmtree(RUN)  # the demo's own folder: each is a run of its own
     RUN.mkdir(parents=True)
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from train import main as train  # after the conversions: it takes seconds to import
+    from train import quiet_lightning
+
+    quiet_lightning()
+    disable_progress_bar()  # of the loading of weights
     say(f"1/3  which wrong name is the likeliest: of {NUM_PAIRS} training pictures, and of those that are held out")
     rows = {split: data[split].read_text(encoding="utf-8").splitlines() for split in ("train", "val", "test")}
     rows["train"] = rows["train"][:NUM_PAIRS]
@@ -76,11 +84,6 @@ def main() -> None:
     wrong = {split: named.likeliest_wrong() for split, named in before.items()}
     for split in ("train", "val"):
         write_pairs(rows[split], wrong[split], RUN / f"pairs-{split}.jsonl")
-
-    from train import main as train
-    from train import quiet_lightning
-
-    quiet_lightning()
     say("2/3  DPO on pairs of the right and that wrong name")
     configs = [argument for path in (CONFIG, *OVERLAYS) for argument in ("--config", path)]
     cli = train(["fit", *configs, "--trainer.enable_progress_bar", "false"])
