@@ -91,10 +91,8 @@ def test_loss_and_gradients_are_those_of_rows_of_their_own(family, make_model, m
     assert_same(model, collate(packed(examples), pad_id=0), collate(examples, pad_id=0))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_neighbour_changes_nothing(family, make_model, model_folder):
-    model, examples = make_model(model_folder(family), tune=Tune(mode="frozen")), examples_of()
-    others = examples_of(seed=9)
+def assert_a_neighbour_changes_nothing(model, examples: list[Example], others: list[Example]) -> None:
+    """The second sample of the first row becomes another one of the same length."""
     changed = [examples[0], others[1], *examples[2:]]
     with torch.no_grad():
         one, other = (model(collate(packed(rows), pad_id=0)) for rows in (examples, changed))
@@ -104,16 +102,23 @@ def test_a_neighbour_changes_nothing(family, make_model, model_folder):
     assert torch.equal(one[1], other[1])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_neighbour_changes_nothing(family, make_model, model_folder):
+    model = make_model(model_folder(family), tune=Tune(mode="frozen"))
+    assert_a_neighbour_changes_nothing(model, examples_of(), examples_of(seed=9))
+
+
 @pytest.mark.parametrize("attend_to", ["last", "all"])
 def test_cross_attention_looks_at_the_media_of_its_own_sample(make_model, attend_to):
     model = make_model(fusion=GatedCrossAttentionFusion(every=1, attend_to=attend_to))
     for name, parameter in model.named_parameters():
         if "gate" in name and parameter.numel() == 1:
             parameter.data.fill_(0.7)
-    examples = examples_of(placeholders=0)
-    for example in examples:
+    examples, others = examples_of(placeholders=0), examples_of(placeholders=0, seed=9)
+    for example in [*examples, *others]:
         example.tokens = [token for token in example.tokens if token < VOCABULARY]
     assert_same(model, collate(packed(examples), pad_id=0), collate(examples, pad_id=0))
+    assert_a_neighbour_changes_nothing(model, examples, others)
 
 
 def answers(number: int, generator: torch.Generator) -> AnswerExample:
@@ -144,7 +149,13 @@ def test_pairs_are_packed_like_others(make_model, takes_branches):
     assert together["answers"]["row_A"].tolist() == [0, 0, 0, 0, 1, 1]
     assert together["answers"]["branch_A"].tolist() == [1, 2, 3, 4, 1, 2]
     assert together["answers"]["example_A"] == apart["answers"]["example_A"] == [0, 0, 1, 1, 2, 2]
-    torch.testing.assert_close(logps_by_answer(model, together), logps_by_answer(model, apart), rtol=1e-5, atol=1e-4)
+    logps_A = logps_by_answer(model, together)
+    torch.testing.assert_close(logps_A, logps_by_answer(model, apart), rtol=1e-5, atol=1e-4)
+    changed = [pairs[0], answers(2, torch.Generator().manual_seed(9)), pairs[2]]
+    other_A = logps_by_answer(
+        model, collate([replace(pair, slot=slot) for pair, slot in zip(changed, [0, 0, 1], strict=True)], 0)
+    )
+    assert torch.equal(logps_A[[0, 1, 4, 5]], other_A[[0, 1, 4, 5]]) and not torch.equal(logps_A[2:4], other_A[2:4])
 
 
 def test_a_model_that_cannot_keep_samples_apart_refuses_them(make_model):
