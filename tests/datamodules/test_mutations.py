@@ -101,6 +101,18 @@ def load(folder: Path, lines: list[str], processor: Processor, limits: MediaLimi
     return batches, {row["line"] - 1: row["reason"] for row in skipped}
 
 
+def contents(batches: list[Batch]) -> dict[str, list[float]]:
+    """What became of each row's medium."""
+    return {
+        example["id"]: batch[modality]["media"][item].flatten().tolist()  # type: ignore[literal-required]
+        for batch in batches
+        for modality in MODALITIES
+        if modality in batch
+        for row, item in zip(batch[modality]["row_O"].tolist(), batch[modality]["item_O"].tolist(), strict=True)  # type: ignore[literal-required]
+        for example in [batch["examples"][row]]
+    }
+
+
 def check_named(names: list[str], skipped: dict[int, str]) -> None:
     for row, reason in skipped.items():
         assert names[row].startswith("bad") and names[row] in reason
@@ -120,6 +132,10 @@ def test_bad_rows_are_named_and_the_batches_of_the_others_do_not_change(tmp_path
     for batch, other in zip(batches, expected, strict=True):
         batch["skipped"], other["skipped"] = [], []
         assert same(batch, other)
+    # and a file of the others alone, but for its last row
+    lines = [row_of(name) for row, name in enumerate(names) if row not in skipped]
+    alone, missing = load(tmp_path, [*lines, "{}"], processor, limits("pyav", isolate=False))
+    assert list(missing) == [len(lines)] and contents(alone) == contents(batches)
 
 
 def test_decord_reads_each_clip_that_it_reads_to_the_same_bits(tmp_path: Path, processor: Processor) -> None:

@@ -52,6 +52,20 @@ def make_trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
     return Trainer(default_root_dir=folder, callbacks=list(callbacks), **(quiet | checkpoints | defaults | options))
 
 
+def short_run(folder: Path, max_epochs: int = 1) -> str:
+    """The trainer of a configuration: a run into a folder, in silence, that logs each step to a file."""
+    return f"""
+trainer:
+  default_root_dir: {folder}
+  accelerator: cpu
+  max_epochs: {max_epochs}
+  log_every_n_steps: 1
+  num_sanity_val_steps: 0
+  enable_progress_bar: false
+  logger: {{class_path: CSVLogger, init_args: {{name: csv}}}}
+"""
+
+
 def examples(data: ImageDataModule, generate: bool = False) -> list[Example]:
     """The rows of the file, one by one; with `generate` as prompts."""
     dataset = data.dataset("predict" if generate else "test")

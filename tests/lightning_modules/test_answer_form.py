@@ -17,6 +17,7 @@ from lightning_modules.first_step import problem_of_labels
 from lightning_modules.losses import cross_entropy, supervised
 from lightning_modules.measuring import Stage
 from lightning_modules.multimodal import MultiModalLitModule
+from tests.lightning_modules.run_fakes import short_run
 from train import main
 
 
@@ -40,14 +41,6 @@ class AgainstRejected(MultiModalLitModule):
 
 
 CONFIG = """
-trainer:
-  default_root_dir: {folder}/run
-  accelerator: cpu
-  max_epochs: 1
-  log_every_n_steps: 1
-  num_sanity_val_steps: 0
-  enable_progress_bar: false
-  logger: {{class_path: CSVLogger, init_args: {{name: csv}}}}
 samples: {{num_samples: 2}}
 model:
   class_path: {model}
@@ -79,7 +72,9 @@ def test_a_run_over_pairs(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = f"{AgainstRejected.__module__}.{AgainstRejected.__name__}"
     config = tmp_path / "config.yaml"
-    config.write_text(CONFIG.format(folder=tmp_path, model=model, llm=tiny_llm, clip=tiny_clip, data=data))
+    config.write_text(
+        short_run(tmp_path / "run") + CONFIG.format(folder=tmp_path, model=model, llm=tiny_llm, clip=tiny_clip, data=data)
+    )
     main(["fit", f"--config={config}"])
     (checked,) = [message for message in log.messages if message.startswith("first step")]
     assert "in 4 rows" in checked  # two pairs, each with the chosen answer behind a corrupted picture

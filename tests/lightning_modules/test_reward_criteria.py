@@ -34,7 +34,7 @@ from lightning_modules.references import label_logps
 from models.adapters import adapters_off
 from tests.conftest import randomise_adapters
 from tests.lightning_modules.preference_fakes import constant, make_module, sgd, write_pairs
-from tests.lightning_modules.run_fakes import batches, examples, make_data, make_trainer
+from tests.lightning_modules.run_fakes import batches, examples, make_data, make_trainer, short_run
 from train import main
 
 CRITERION = ReferenceCriterion(MultimodalConsistencyScorer(center=0.1, scale=0.2))
@@ -237,14 +237,6 @@ def test_criteria_of_data_and_of_the_model_are_logged(tiny_llm: Path, tiny_clip:
 
 
 CONFIG = """
-trainer:
-  default_root_dir: {folder}/run
-  accelerator: cpu
-  max_epochs: 1
-  log_every_n_steps: 1
-  num_sanity_val_steps: 0
-  enable_progress_bar: false
-  logger: {{class_path: CSVLogger, init_args: {{name: csv}}}}
 samples: {{num_samples: 1}}
 model:
   class_path: DPOLitModule
@@ -270,7 +262,7 @@ data:
 def test_a_run_from_the_command_line(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
     rows = write_pairs(tmp_path / "rows.jsonl", 5, answers=[("You idiot!", "It is a bus."), ("A bus.", "A dog.")])
     config = tmp_path / "config.yaml"
-    config.write_text(CONFIG.format(folder=tmp_path, llm=tiny_llm, clip=tiny_clip, rows=rows))
+    config.write_text(short_run(tmp_path / "run") + CONFIG.format(folder=tmp_path, llm=tiny_llm, clip=tiny_clip, rows=rows))
     main(["fit", f"--config={config}"])
     changed = [json.loads(line) for line in (tmp_path / "run/changed.jsonl").read_text().splitlines()]
     assert [row["line"] for row in changed] == [1, 3, 5]

@@ -12,6 +12,7 @@ from deployment.ask import ask, load
 from models.checkpoint import read_checkpoint
 from models.language import Generation
 from tests.lightning_modules.media_fakes import write_media_rows
+from tests.lightning_modules.run_fakes import short_run
 from train import main
 
 ROOT = Path(__file__).parents[2]
@@ -28,14 +29,6 @@ class Runs:
     def __call__(self, command: str, name: str, *arguments: str) -> None:
         """`runs("fit", "name of the run folder", "--flag=value")`"""
         config = f"""
-trainer:
-  default_root_dir: {self.folder / name}
-  accelerator: cpu
-  max_epochs: 2
-  log_every_n_steps: 1
-  num_sanity_val_steps: 0
-  enable_progress_bar: false
-  logger: {{class_path: CSVLogger, init_args: {{name: csv}}}}
 checkpoint: {{monitor: val/loss, save_top_k: -1}}
 samples: {{num_samples: 2}}
 model:
@@ -54,7 +47,7 @@ data:
   init_args: {{train_path: {self.rows}, val_path: {self.rows}, batch_size: 2, num_workers: 1}}
 """
         path = self.folder / "config.yaml"
-        path.write_text(config, encoding="utf-8")
+        path.write_text(short_run(self.folder / name, max_epochs=2) + config, encoding="utf-8")
         main([command, f"--config={path}", *arguments])
 
     def checkpoints(self, name: str) -> list[Path]:

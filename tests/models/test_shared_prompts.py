@@ -103,9 +103,9 @@ def assert_equal_results(model: MultiModalModel, shared: Batch, apart: Batch) ->
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=1e-6)
     assert gradients.keys() == expected.keys() and gradients
     for name, gradient in gradients.items():
-        scale = float(expected[name].abs().max())
+        scale = float(expected[name].abs().max())  # sums in another order: at most 1.7e-6 of it was seen, of a projector
         torch.testing.assert_close(
-            gradient, expected[name], rtol=1e-5, atol=1e-5 * scale + 1e-7, msg=lambda m, n=name: f"{n}: {m}"
+            gradient, expected[name], rtol=1e-5, atol=4e-6 * scale + 1e-7, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
