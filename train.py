@@ -37,6 +37,7 @@ from lightning_modules.callbacks import FirstStepCheck, PartTable, PredictionWri
 from lightning_modules.cli import OmniLitCLI, quiet_lightning, show_user_errors
 from lightning_modules.multimodal import MultiModalLitModule
 from lightning_modules.run_folder import RunFolder
+from planning.plan import plan
 
 
 def main(args: list[str] | None = None) -> OmniLitCLI:
@@ -55,7 +56,7 @@ def main(args: list[str] | None = None) -> OmniLitCLI:
         seed_everything_default=42,
         save_config_callback=RunFolder,
         trainer_defaults={"callbacks": callbacks, "use_distributed_sampler": False, "enable_model_summary": False},
-        commands={"inspect": inspect, "doctor": doctor},
+        commands={"inspect": inspect, "doctor": doctor, "plan": plan},
         args=args,
     )
 

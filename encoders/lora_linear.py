@@ -12,6 +12,8 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from encoders.tuning import is_plain
+
 
 def lora_linear(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> "LoRALinear | None":
     """What PEFT puts in the place of a linear layer; None leaves the layer to PEFT, as one that is quantised.
@@ -46,9 +48,9 @@ class LoRALinear(Linear):
             return None
         if self.training and not isinstance(self.lora_dropout[adapter], nn.Identity):
             return None
-        weights = (self.base_layer.weight, self.lora_A[adapter].weight, self.lora_B[adapter].weight)
-        is_plain = all(type(weight) is nn.Parameter and weight.dtype == x.dtype for weight in weights)
-        return adapter if is_plain and not weights[0].requires_grad else None
+        weights: tuple[Any, ...] = (self.base_layer.weight, self.lora_A[adapter].weight, self.lora_B[adapter].weight)
+        are_plain = all(is_plain(weight) and weight.dtype == x.dtype for weight in weights)
+        return adapter if are_plain and not weights[0].requires_grad else None
 
 
 class _LoRALinear(torch.autograd.Function):

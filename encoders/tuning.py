@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from encoders.recompute import recompute_blocks
 
@@ -144,3 +145,8 @@ def lora_config(lora: LoRA, layers: Collection[str], but: Collection[str] = ()) 
     )
     config._register_custom_module({nn.Linear: lora_linear})  # type: ignore[dict-item]  # PEFT calls it, and takes None for a no
     return config
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is a parameter as torch makes it, neither sharded nor quantised; with values, or without (`planning`)."""
+    return type(weight) in (nn.Parameter, FakeTensor)

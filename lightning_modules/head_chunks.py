@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from encoders.tuning import is_plain
+
 Gradients = dict[Tensor, Tensor]  # the running gradient of each tensor that needs one; tensors hash by identity
 Observer = Callable[[slice, Tensor], None]  # sees the logits of a chunk, and which positions they are
 
@@ -145,7 +147,7 @@ def is_plain_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling `head` is one matrix product: no subclass, no quantised or sharded weight, no hooks."""
     return (
         type(head) is nn.Linear
-        and type(head.weight) is nn.Parameter
+        and is_plain(head.weight)
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
     )
 

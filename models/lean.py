@@ -96,7 +96,7 @@ def _computes_the_same(module: nn.Module) -> bool:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device="cpu")
 
     small: dict[int, Any] = {}  # what takes the place of what in the copy
     weight = next(module.parameters())

@@ -32,15 +32,24 @@ def parallelize(model: MultiModalModel, mesh: DeviceMesh) -> None:
     Raises:
         ValueError: Its weights are quantised, or its language model cannot be split.
     """
+    check_not_quantised(model)
+    if mesh["tensor_parallel"].size() > 1:
+        split(model.language_model, mesh["tensor_parallel"])
+    if mesh["data_parallel"].size() > 1:
+        shard(model, mesh["data_parallel"])
+
+
+def check_not_quantised(model: MultiModalModel) -> None:
+    """Refuses weights of fewer bits: neither a shard nor a part of one can be decoded.
+
+    Raises:
+        ValueError: There are some.
+    """
     if quantised := [name for name, weight in model.named_parameters() if not weight.is_floating_point()]:
         raise ValueError(
             f"trainer.strategy: {len(quantised)} weights are quantised, such as {quantised[0]}, and cannot be sharded or split: "
             "load the language model without quantisation, or take configs/strategy/ddp.yaml, which keeps it whole on each device"
         )
-    if mesh["tensor_parallel"].size() > 1:
-        split(model.language_model, mesh["tensor_parallel"])
-    if mesh["data_parallel"].size() > 1:
-        shard(model, mesh["data_parallel"])
 
 
 def shard(model: MultiModalModel, mesh: DeviceMesh) -> None:

@@ -8,13 +8,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {"encoders", "models", "datamodules", "lightning_modules", "inspection", "deployment", "demo", "train", "tests"}
+ROOMS = {
+    "encoders",
+    "models",
+    "datamodules",
+    "lightning_modules",
+    "inspection",
+    "planning",
+    "deployment",
+    "demo",
+    "train",
+    "tests",
+}
 MAY_IMPORT = {
     "encoders": {"encoders"},
     "models": {"models", "encoders", "datamodules.batch"},
     "datamodules": {"datamodules"},
     "lightning_modules": {"lightning_modules", "models", "encoders", "datamodules"},
     "inspection": {"inspection", "datamodules", "lightning_modules.commands"},
+    "planning": {"planning", "encoders", "models", "datamodules", "lightning_modules"},
     "deployment": {"deployment", "models", "datamodules"},
     "demo": {"demo", "train", "encoders", "datamodules", "deployment"},
 }

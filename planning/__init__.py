@@ -1,0 +1,1 @@
+"""Predicting what a run takes, before its first step."""

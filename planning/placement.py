@@ -1,0 +1,131 @@
+"""On how many devices a model stands, and how it is spread over them."""
+
+import pydoc
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from lightning_modules.strategies import ShardedStrategy
+from models.parallel import check_not_quantised, tensor_plan
+from planning.outline import Outline
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a model is spread over devices.
+
+    Args:
+        replicas: Devices, or groups of these, that read rows of their own.
+        split: Devices of a group, which split each layer between them (tensor parallelism).
+        is_sharded: The replicas hold a shard of each layer, of its gradients and of the optimizer's state each (FSDP2).
+        has_buckets: Gradients are copied to be summed up (DDP without `gradient_as_bucket_view`).
+    """
+
+    replicas: int = 1
+    split: int = 1
+    is_sharded: bool = False
+    has_buckets: bool = False
+
+    @property
+    def share(self) -> float:
+        """What of a gradient, and of the optimizer's state, a device has."""
+        return 1 / self.replicas if self.is_sharded else 1.0
+
+    def __str__(self) -> str:
+        ways = []
+        if self.replicas > 1:
+            ways.append(f"FSDP2 over {self.replicas}" if self.is_sharded else f"DDP, {self.replicas} replicas")
+        if self.split > 1:
+            ways.append(f"each layer split in {self.split}")
+        return ", ".join(ways) or "one device"
+
+
+def placement_of(trainer: Namespace, world_size: int | None = None) -> Placement:
+    """How the options of a trainer spread a model.
+
+    Args:
+        trainer: The options.
+        world_size: Number of devices; None: as the options say, where `auto` is those of this machine.
+
+    Raises:
+        ValueError: The strategy is not known here, or does not fit the number of devices.
+    """
+    if world_size is None:
+        world_size = _num_devices(trainer.devices) * (trainer.num_nodes or 1)
+    strategy = trainer.strategy or "auto"
+    name, options = (strategy.class_path, strategy.get("init_args")) if isinstance(strategy, Namespace) else (strategy, None)
+    if name == "auto" or name.startswith("ddp"):
+        return Placement(world_size, has_buckets=world_size > 1)
+    cls: Any = pydoc.locate(name) or pydoc.locate(f"lightning.pytorch.strategies.{name}")
+    if isinstance(cls, type) and issubclass(cls, DDPStrategy):
+        has_view = bool(options and options.get("gradient_as_bucket_view"))
+        return Placement(world_size, has_buckets=world_size > 1 and not has_view)
+    if isinstance(cls, type) and issubclass(cls, ShardedStrategy):
+        return _sharded(options or Namespace(), world_size, trainer.num_nodes or 1)
+    if isinstance(cls, type) and issubclass(cls, SingleDeviceStrategy):
+        return Placement()
+    raise ValueError(
+        f"trainer.strategy is {name}, of which plan does not know what it keeps where: it knows those of configs/strategy (DDP, "
+        "FSDP2, tensor parallelism) and one device"
+    )
+
+
+def _sharded(options: Namespace, world_size: int, num_nodes: int) -> Placement:
+    split, groups = options.get("tensor_parallel_size", 1), options.get("data_parallel_size", "auto")
+    split = max(1, world_size // num_nodes) if split == "auto" else split
+    groups = world_size // split if groups == "auto" else groups
+    if groups * split != world_size:
+        raise ValueError(
+            f"trainer.strategy: {world_size} devices cannot be {groups} groups (data_parallel_size) of {split} "
+            "(tensor_parallel_size): the product must be the number of devices; --world_size says how many there will be"
+        )
+    return Placement(groups, split, is_sharded=groups > 1)
+
+
+def _num_devices(devices: Any) -> int:
+    if isinstance(devices, list):
+        return len(devices)
+    if isinstance(devices, str) and "," in devices:
+        return len([one for one in devices.split(",") if one.strip()])
+    number = -1 if devices in ("auto", None) else int(devices)
+    return max(1, torch.cuda.device_count()) if number == -1 else number
+
+
+def check_placement(outline: Outline, placement: Placement) -> None:
+    """Refuses what training refuses.
+
+    Raises:
+        ValueError: A model cannot be spread so.
+    """
+    if placement.is_sharded or placement.split > 1:
+        check_not_quantised(outline.module.model)
+    if placement.split > 1:
+        tensor_plan(outline.module.model.language_model)
+
+
+def held_bytes(outline: Outline, placement: Placement) -> Counter[str]:
+    """What a device holds at all times: weights by part, and what the strategy itself needs.
+
+    Under FSDP2 two layers are gathered at a time, the one that runs and the next, and their gradients are whole until they are
+    scattered; what trains outside of the layers is whole during a step.
+    """
+    layers = [set(layer.parameters()) for layer in outline.module.model.language_model.decoder_layers]
+    inside = set().union(*layers)
+    held: Counter[str] = Counter()
+    gathered = 0
+    for weight, part in outline.weights.items():
+        size = outline.num_bytes(weight)
+        is_shard = placement.is_sharded and (weight in inside or weight.requires_grad)
+        held[part] += round(size / placement.replicas) if is_shard else size
+        gathered += size if is_shard and weight not in inside else 0
+    held["buffers"] = sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in outline.module.buffers()}.values())
+    if placement.is_sharded:
+        sizes = [sum(outline.num_bytes(x) * (2 if x.requires_grad else 1) for x in layer) for layer in layers]
+        held["gathered layers"] = gathered + 2 * max(sizes)
+    if placement.has_buckets:
+        held["DDP's buckets"] = sum(outline.num_bytes(weight) for weight in outline.weights if weight.requires_grad)
+    return held

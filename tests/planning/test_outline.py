@@ -1,0 +1,115 @@
+"""Models without values: their weights as published, and what a step computes and keeps beside one that runs.
+
+Shape suffixes: B rows, T tokens.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from datamodules.batch import Batch, Example, Origin
+from datamodules.collate import collate
+from encoders.tuning import LoRA, Tune
+from lightning_modules.multimodal import MultiModalLitModule
+from models.language import LanguageModel
+from planning.allocations import GRADIENTS
+from planning.outline import make_outline
+from planning.placement import Placement, held_bytes
+from planning.step import STATES, precision_of, run_step
+from tests.lightning_modules.run_fakes import make_data, write_rows
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PRECISION = precision_of("32-true")
+ATTENTION = {  # two products a head forward, five backward, each of T x T x D; torch's counter does not know them
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, *_, **__: 4 * math.prod(q) * q[2],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, *_, **__: 10 * math.prod(q) * q[2],
+}
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "tie_word_embeddings": False,
+}
+
+
+def language_model(folder: Path, tiny_llm: Path, config: dict[str, Any], **options: Any) -> LanguageModel:
+    """One of which only the configuration is there, and a tokenizer."""
+    for path in tiny_llm.glob("*token*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "chat_template.jinja").write_bytes((tiny_llm / "chat_template.jinja").read_bytes())
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return LanguageModel(str(folder), **options)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_weights_of_llama_2_7b(tmp_path: Path, tiny_llm: Path, quantize: Any) -> None:
+    """6,738,415,616 (Touvron et al. 2023, arXiv 2307.09288); adapters: 40 M of rank 16 on all linear layers.
+
+    Of NF4, 6,476,005,376 weights of layers take 4.127 bits (QLoRA, section 3), the rest 16.
+    """
+    tune = Tune(mode="lora", lora=LoRA(r=16, target_modules=ALL))
+    options: dict[str, Any] = {"tune": tune, "dtype": "bfloat16", "quantize": quantize}
+    module = MultiModalLitModule(language_model(tmp_path, tiny_llm, LLAMA_2_7B, **options))
+    outline = make_outline(module)
+    adapters = 32 * 16 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    assert outline.counts() == {"language_model": 6_738_415_616 + adapters}
+    assert outline.counts(trainable=True) == {"language_model": adapters}
+    in_layers = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    size = held_bytes(outline, Placement())["language_model"] - 4 * adapters
+    if quantize is None:
+        assert size == 2 * 6_738_415_616
+    else:
+        assert size == pytest.approx(4.127 / 8 * in_layers + 2 * (6_738_415_616 - in_layers), rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_operations_of_a_step(mode: Any, make_lit_module: Callable[..., Any], tiny_llm: Path, tmp_path: Path) -> None:
+    """Beside torch's own counter on the same step, of rows with pictures, with values."""
+    tune = Tune(mode=mode, lora=LoRA(target_modules=ALL))
+    module = make_lit_module(language_model=LanguageModel(str(tiny_llm), tune=tune))
+    data = make_data(module, write_rows(tmp_path / "rows.jsonl", 4))
+    dataset = data.dataset("train")
+    batch = data.collate([dataset[row] for row in range(4)])
+    cost = run_step(make_outline(module, on_cpu=True), batch, PRECISION, on_cpu=True)
+    module.configure_model()
+    module.train()
+    module.model.features(batch)  # the first time tries out how many pictures may be run together
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        total, _ = module.step(batch, "train")
+        total.backward()
+    assert cost.flops == counter.get_total_flops()
+
+
+def test_a_step_in_numbers(tmp_path: Path, tiny_llm: Path) -> None:
+    """Gradients and AdamW's moments of all weights in float32, whole or a quarter of them; a head of which chunks exist."""
+    config = LLAMA_2_7B | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    module = MultiModalLitModule(language_model(tmp_path, tiny_llm, config, tune=Tune(mode="full")))
+    outline = make_outline(module)
+    number = 2 * 32000 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+    assert outline.counts(trainable=True).total() == number
+    batch = text_batch(num_rows=3, length=400)
+    whole, quarter = (run_step(outline, batch, PRECISION, accumulates=True, share=share) for share in (1.0, 0.25))
+    assert whole.at_peak[GRADIENTS] == 4 * number
+    assert whole.at_peak[STATES] == pytest.approx(8 * number, rel=1e-3)
+    assert quarter.at_peak[STATES] == pytest.approx(2 * number, rel=1e-3)
+    assert whole.flops == quarter.flops
+    assert held_bytes(outline, Placement())["language_model"] == 4 * number
+    assert held_bytes(outline, Placement(4, is_sharded=True))["language_model"] == pytest.approx(number, rel=1e-3)
+    assert held_bytes(outline, Placement(4, has_buckets=True))["DDP's buckets"] == 4 * number
+
+
+def text_batch(num_rows: int, length: int) -> Batch:
+    """Rows of random tokens, all supervised but the first."""
+    generator = torch.Generator().manual_seed(20)
+    rows = [torch.randint(3, 100, (length,), generator=generator).tolist() for _ in range(num_rows)]
+    examples = [Example(Origin("rows.jsonl", n + 1), str(n), row, [-100, *row[1:]]) for n, row in enumerate(rows)]
+    return collate(examples, pad_id=0)
