@@ -51,6 +51,7 @@ class RowLoader:
         media_cache: Where decoded and transformed media are kept; None: nowhere.
         batching: What a batch has `batch_size` of.
         judgements: Keeps account of what reward criteria do; None: there are none.
+        batches_a_step: Batches that an optimizer step accumulates.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class RowLoader:
         media_cache: CacheOptions | None = None,
         batching: Batching = Batching(),  # it is frozen
         judgements: Judgements | None = None,
+        batches_a_step: int = 1,
     ) -> None:
         self.dataset = dataset
         self.judgements = judgements
@@ -76,7 +78,7 @@ class RowLoader:
         weights = weights or {}
         self.portions = {s.name: Portion(len(s), weights.get(s.name, 1.0), s.seed) for s in dataset.sources}
         self.rows = RowSampler(list(self.portions.values()), shuffle, seed)
-        self.batches = GlobalBatches(self.rows, batch_size, rank, world_size, batching, self.sizes)
+        self.batches = GlobalBatches(self.rows, batch_size, rank, world_size, batching, self.sizes, batches_a_step)
         self.counts: Counter[str] = Counter()
         self._loader: DataLoader[Batch] | None = None
         self._next_report = 1
@@ -222,7 +224,7 @@ class StatefulLoader(RowLoader):
         """Goes on at a saved place.
 
         Raises:
-            ValueError: It is a place in another order of rows.
+            ValueError: It is a place in another order of rows, or inside of a batch.
         """
         saved, now = state["order"], self._order()
         names = dict.fromkeys([*saved, *now])
@@ -232,7 +234,7 @@ class StatefulLoader(RowLoader):
                 f"the checkpoint's place in the training data belongs to {', '.join(changed)}: a run is resumed with the data "
                 "and options that it had. Set them back, or start a new run from its weights with model.init_from"
             )
-        self.rows.go_to(state["epoch"], state["batch"])
+        self.rows.go_to(state["epoch"], self.batches.batch_behind(state["units"]))
         self.counts = Counter(state["counts"])
         if self.batches.world_size > 1:
             self._share_out()
@@ -268,7 +270,8 @@ class StatefulLoader(RowLoader):
         super()._account(batch)
 
     def _place(self) -> dict[str, Any]:
-        return {"epoch": self.rows.epoch, "batch": self.rows.batch, "counts": dict(self.counts)}
+        units = self.rows.batch * self.batches.global_size
+        return {"epoch": self.rows.epoch, "units": units, "counts": dict(self.counts)}
 
     def _order(self) -> dict[str, Any]:
         """What the batches of an epoch are a function of, in words."""
@@ -279,7 +282,7 @@ class StatefulLoader(RowLoader):
             order[f"weight{of_source}"] = portion.weight
         return {
             **order,
-            "batch_size x processes": self.batches.global_size,
+            "batch_size x processes x accumulate_grad_batches": self.batches.step_size,
             **({"batching": str(self.batches.batching)} if self.batches.batching.kind != "rows" else {}),
             "shuffle": self.rows.shuffle,
             "seed": self.rows.seed,

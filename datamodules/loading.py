@@ -169,6 +169,7 @@ class RowDataModule(L.LightningDataModule):
     def train_dataloader(self) -> StatefulLoader:
         """Training batches; made once for each fit, and it goes on where a resumed run stopped."""
         if self.train_loader is None:
+            trainer: Any = self.trainer  # declared too narrowly
             weights = {name: source.weight for name, source in self.sources.items()}
             self.train_loader = self._loader(
                 StatefulLoader,
@@ -177,6 +178,7 @@ class RowDataModule(L.LightningDataModule):
                 weights=weights,
                 shuffle=self._shuffles(),
                 batching=self.batching,
+                batches_a_step=trainer.accumulate_grad_batches if trainer is not None else 1,
             )
             once_a_machine(self.train_loader, self.trainer)
             self.train_loader.progress = self._progress if self.trainer is not None else None

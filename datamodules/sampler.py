@@ -6,6 +6,7 @@ Shape suffixes: R rows of an epoch, in their order; 2 row and epoch, as in `RowK
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -128,7 +129,8 @@ class GlobalBatches(Sampler[list[RowKey]]):
     """Batches of `batch_size` units for each rank, cut from one order that all ranks share; a unit is a row, or see `Batching`.
 
     No row is repeated and none is left out: the last batch of an epoch is smaller, and may be empty on some ranks, but
-    all ranks have equally many batches. What one rank gets in a batch of 8, eight ranks get in batches of 1.
+    all ranks have equally many batches. What one rank gets in a batch of 8, eight ranks get in batches of 1, and one rank in 8
+    batches of 1 that an optimizer step accumulates: the units of a step are the same.
 
     Each epoch has as many batches as the first, since a trainer asks once. Where rows are packed, another epoch may need some
     packs more or fewer: then its last batch is larger, or the last ones are empty.
@@ -140,6 +142,7 @@ class GlobalBatches(Sampler[list[RowKey]]):
         world_size: Number of processes.
         batching: What a unit is.
         sizes: Gives the sizes of all rows of the dataset; asked where units are not rows.
+        batches_a_step: Batches that an optimizer step accumulates.
     """
 
     def __init__(
@@ -150,26 +153,47 @@ class GlobalBatches(Sampler[list[RowKey]]):
         world_size: int = 1,
         batching: Batching = Batching(),  # it is frozen
         sizes: Callable[[], RowSizes] | None = None,
+        batches_a_step: int = 1,
     ) -> None:
         self.sampler = sampler
         self.batch_size = 1 if batching.kind == "padded" else batch_size
         self.rank = rank
         self.world_size = world_size
         self.batching = batching
+        self.batches_a_step = batches_a_step
         self._sizes = sizes
         self._units: tuple[int, Units] | None = None
-        self._num_batches: int | None = None
 
     @property
     def global_size(self) -> int:
         """Units of a batch on all ranks together."""
         return self.batch_size * self.world_size
 
+    @property
+    def step_size(self) -> int:
+        """Units of an optimizer step."""
+        return self.global_size * self.batches_a_step
+
+    @cached_property
+    def num_units(self) -> int:
+        """Units of the first epoch."""
+        return len(self.sampler) if self.batching.kind == "rows" else len(self._plan(0).ends_U)
+
     def __len__(self) -> int:
-        if self._num_batches is None:
-            num_units = len(self.sampler) if self.batching.kind == "rows" else len(self._plan(0).ends_U)
-            self._num_batches = -(-num_units // self.global_size)
-        return self._num_batches
+        return -(-self.num_units // self.global_size)
+
+    def batch_behind(self, num_units: int) -> int:
+        """The number of the batch that begins behind so many units of an epoch.
+
+        Raises:
+            ValueError: None does.
+        """
+        if num_units % self.global_size and num_units < self.num_units:
+            raise ValueError(
+                f"the checkpoint was written after {num_units} rows (or packs) of an epoch, which is in the middle of a batch of "
+                f"{self.global_size} (batch_size x processes): go on with the batch_size and processes that it had"
+            )
+        return min(-(-num_units // self.global_size), len(self))
 
     def own_rows(self, num_batches: int) -> list[Tensor]:
         """Which rows of each source this rank gets in the first batches of the epoch at hand, by their number in the source."""
@@ -202,7 +226,7 @@ class GlobalBatches(Sampler[list[RowKey]]):
             if self.batching.kind != "rows":
                 assert self._sizes is not None, "units of several rows are made of their sizes"
                 sizes = self._sizes().take(keys_R2[:, 0].numpy())
-                packs = self.batching.units(sizes, self.global_size, self.sampler.seed * 1_000_003 + epoch)
+                packs = self.batching.units(sizes, self.step_size, self.sampler.seed * 1_000_003 + epoch)
                 keys_R2, ends_U = keys_R2[torch.from_numpy(packs.rows_R)], torch.from_numpy(packs.ends_P)
             self._units = epoch, Units(keys_R2, ends_U)
         return self._units[1]

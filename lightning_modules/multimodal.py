@@ -23,7 +23,7 @@ from lightning_modules.losses import AnswerScores, cross_entropy, score_answers,
 from lightning_modules.measuring import Stage
 from lightning_modules.optim import WarmupCosine, parameter_groups
 from lightning_modules.processors import make_processor
-from lightning_modules.run_state import StepStart, add_place, check_processor, own_rng_state, set_rng_state
+from lightning_modules.run_state import StepStart, add_place, check_processor, set_rng_state, take_place
 from lightning_modules.spread import SpreadLitModule
 from lightning_modules.step_loss import OnNonFinite, StepLoss
 from models.checkpoint import check_options, fingerprints, load_saved, saved_names, start_from
@@ -256,7 +256,7 @@ class MultiModalLitModule(SpreadLitModule):
         check_options(self.model.spec()["parts"], checkpoint["model"]["parts"])
         resumes = self._trainer is not None and self._trainer.training
         check_processor(self.processor, checkpoint["processor"], resumes)
-        self._rng = own_rng_state(checkpoint["rng"], self.trainer) if resumes else None
+        self._rng = take_place(checkpoint, self.trainer) if resumes else None
         self._fingerprints = checkpoint["fingerprints"]
         self._warm_started = set(checkpoint["warm_started"])
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from datamodules.fingerprint import differences
 from datamodules.loading import RowDataModule
 from datamodules.processor import Processor
+from lightning_modules.run_summary import num_with_same_rows
 from models.spread import local
 
 
@@ -92,8 +93,8 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def add_place(checkpoint: dict[str, Any], trainer: Trainer, step_start: StepStart | None) -> None:
-    """Adds `rng`, the random generators of all processes by rank, which must meet here, and `wandb_run_id`; and adds up what
-    their data modules say.
+    """Adds `rng`, the random generators of all processes by rank, which must meet here, `wandb_run_id` and
+    `accumulate_grad_batches`; and adds up what their data modules say.
 
     Args:
         checkpoint: Of this process; the first one writes it for all of them.
@@ -106,6 +107,7 @@ def add_place(checkpoint: dict[str, Any], trainer: Trainer, step_start: StepStar
     checkpoint["rng"] = rng_state()
     runs = [logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)]
     checkpoint["wandb_run_id"] = runs[0] if runs else None
+    checkpoint["accumulate_grad_batches"] = trainer.accumulate_grad_batches
     if step_start is not None:
         step_start.rewind(checkpoint, trainer)
     datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
@@ -121,7 +123,7 @@ def add_place(checkpoint: dict[str, Any], trainer: Trainer, step_start: StepStar
         )
     checkpoint["rng"] = [rng for rng, *_ in states]
     if name in checkpoint:
-        checkpoint[name] = datamodule.together([place for _, place, _ in states])
+        checkpoint[name] = datamodule.together([place for _, place, _ in states[:: num_with_same_rows(trainer)]])
         # Lightning keeps the loader's state too, of the first process alone, and would load it over that of the data module
         checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
 
@@ -135,8 +137,22 @@ def non_finite(state: Any, name: str = "") -> str:
     return next((found for key, value in items if (found := non_finite(value, f"{name}.{key}".strip(".")))), "")
 
 
-def own_rng_state(states: Sequence[Mapping[str, Any]], trainer: Trainer) -> Mapping[str, Any] | None:
-    """The state of this process out of those of all that wrote a checkpoint; None: there were not as many as now."""
+def take_place(checkpoint: dict[str, Any], trainer: Trainer) -> Mapping[str, Any] | None:
+    """Takes up what `add_place` added.
+
+    Args:
+        checkpoint: Lightning has not read its loops yet: how many batches of the epoch are done is put in batches of this run, of
+            which a step may have more or fewer.
+        trainer: Of the run.
+
+    Returns:
+        The random generators of this process; None: as many processes did not write the checkpoint.
+    """
+    done: dict[str, int] = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    more = done["processed"] * trainer.accumulate_grad_batches // checkpoint["accumulate_grad_batches"] - done["processed"]
+    for name in done:  # those that have begun are a batch further, or those that are complete a batch behind
+        done[name] += more
+    states: Sequence[Mapping[str, Any]] = checkpoint["rng"]
     if len(states) == trainer.world_size:
         return states[trainer.global_rank]
     rank_zero_warn(

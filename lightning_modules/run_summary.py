@@ -43,7 +43,8 @@ class Counts:
         """The sum over all processes, which must meet here."""
         columns: list[dict[Any, int]] = [self.rows, self.media, self.seen, *self.sources.values()]
         own = torch.tensor([count for column in columns for count in column.values()], device=trainer.strategy.root_device)
-        total = iter(trainer.strategy.reduce(own, reduce_op="sum").tolist())
+        times = num_with_same_rows(trainer)
+        total = (count // times for count in trainer.strategy.reduce(own, reduce_op="sum").tolist())
         rows, media, seen, *of_sources = ({name: next(total) for name in column} for column in columns)
         return type(self)(rows, media, seen, dict(zip(self.sources, of_sources, strict=True)))
 
@@ -135,6 +136,12 @@ class RunSummary(Callback):
             summary["last_checkpoint"] = checkpoint.last_model_path or None
         summary["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
         write_text(run_folder(trainer) / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+
+def num_with_same_rows(trainer: Trainer) -> int:
+    """How many processes in turn share one model's layers, and so get the same rows."""
+    replicas = trainer.distributed_sampler_kwargs
+    return 1 if replicas is None else trainer.world_size // replicas["num_replicas"]
 
 
 def _datamodule(trainer: Trainer) -> "RowDataModule":

@@ -15,6 +15,13 @@ from models.multimodal import MultiModalModel
 from models.parallel import add_up_own_heads, gather, is_sharded, parallelize
 from models.spread import clip_norm, local
 
+_REFUSED = {
+    DeepSpeedStrategy: "its engine keeps the gradients to itself, so that a step is not divided by its tokens, and one that is "
+    "not finite is not left out; and its checkpoints are pickles, which only as many processes read",
+    FSDPStrategy: "it does not clip gradients by their norm, and its processes wait in vain for one whose rows have other media",
+}
+"""Strategies that change what a step is, and how."""
+
 
 class SpreadLitModule(MeasuringLitModule):
     """A module whose model may be sharded or split (`models.parallel`), as `ShardedStrategy` says.
@@ -37,12 +44,12 @@ class SpreadLitModule(MeasuringLitModule):
         """
         if self.model.is_built:
             return
-        if self._trainer is not None and isinstance(self._trainer.strategy, DeepSpeedStrategy | FSDPStrategy):
-            raise ValueError(
-                f"trainer.strategy is {type(self._trainer.strategy).__name__}, which is not supported: it takes gradients and "
-                "checkpoints into its own hands, so a step would not be the mean over its tokens. Take "
-                "configs/strategy/fsdp.yaml, which shards the same"
-            )
+        for kind, why in _REFUSED.items():
+            if self._trainer is not None and isinstance(self._trainer.strategy, kind):
+                raise ValueError(
+                    f"trainer.strategy is {type(self._trainer.strategy).__name__}, which is not supported: {why}. Take "
+                    "configs/strategy/fsdp.yaml, which shards weights, gradients and the state of the optimizer too (as ZeRO-3)"
+                )
         if self.device_mesh is None:
             self.build_model()
             return

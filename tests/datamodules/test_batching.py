@@ -65,7 +65,7 @@ def test_no_row_is_lost_where_another_epoch_needs_more_packs_or_fewer():
     """What is left over goes into the last batch, and where too little is there the last batches are empty."""
     for num_batches in (2, 60):
         own = batches(2, epoch=2)
-        own._num_batches = num_batches  # as if the first epoch had needed so many
+        own.num_units = num_batches * own.global_size  # as if the first epoch had needed so many
         taken = [packs_of(batch) for batch in own]
         assert len(taken) == num_batches
         assert len(taken[0]) == 2

@@ -62,7 +62,7 @@ def test_workers_ahead_of_the_loop_do_not_count(recording_dataset: Callable[...,
     loader = make_loader(recording_dataset(), num_workers=2)
     batches = iter(loader)
     next(batches)
-    assert (loader.state_dict()["epoch"], loader.state_dict()["batch"]) == (0, 1)
+    assert (loader.state_dict()["epoch"], loader.state_dict()["units"]) == (0, 2)
     assert loader.row_counts() == {"rows": 7, "trained": 2, "skipped": 0, "not_reached": 5, "dropped_tokens": 0}
 
 
@@ -112,9 +112,9 @@ def test_a_trainer_says_which_epoch_it_is_and_what_it_finished(recording_dataset
     loader = make_loader(recording_dataset(), progress=lambda: Progress(epoch, done))
     batches = iter(loader)
     assert same(next(batches), whole[8])
-    assert loader.state_dict()["batch"] == 0  # the trainer has the batch, and has not finished it
+    assert loader.state_dict()["units"] == 0  # the trainer has the batch, and has not finished it
     done += 1
-    assert loader.state_dict()["batch"] == 1
+    assert loader.state_dict()["units"] == 2
     next(batches)
     state = loader.state_dict()
     resumed = make_loader(recording_dataset(), progress=lambda: Progress(epoch, done))
@@ -138,8 +138,8 @@ def test_a_trainer_may_be_an_epoch_further(recording_dataset: Callable[..., Reco
     ("options", "change"),
     [
         ({"seed": 4}, r"seed 3 \(now 4\)"),
-        ({"batch_size": 3}, r"batch_size x processes 2 \(now 3\)"),
-        ({"world_size": 2}, r"batch_size x processes 2 \(now 4\)"),
+        ({"batch_size": 3}, r"batch_size x processes x accumulate_grad_batches 2 \(now 3\)"),
+        ({"world_size": 2}, r"batch_size x processes x accumulate_grad_batches 2 \(now 4\)"),
         ({"shuffle": False}, r"shuffle True \(now False\)"),
     ],
 )

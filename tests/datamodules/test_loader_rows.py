@@ -145,7 +145,7 @@ def test_cut_tokens_are_counted(
     messages = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
     assert 1 <= len(messages) <= 4 and int(messages[-1].split()[0]) * 2 > dropped
     resumed = make_loader(recording_dataset(processor=cutting))
-    resumed.load_state_dict({**loader.state_dict(), "batch": 2, "counts": {"dropped_tokens": 100}})
+    resumed.load_state_dict({**loader.state_dict(), "units": 4, "counts": {"dropped_tokens": 100}})
     list(resumed)
     rest = sum(batch["num_dropped_tokens"] for batch in batches[6:])
     assert resumed.row_counts()["dropped_tokens"] == 100 + rest

@@ -9,13 +9,14 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lightning_modules.checkpoints import CheckpointFile, RunCheckpoint
 from lightning_modules.cpo import CPOLitModule
 from lightning_modules.dpo import DPOLitModule
 from lightning_modules.mdpo import MDPOLitModule
 from lightning_modules.multimodal import MultiModalLitModule
 from lightning_modules.orpo import ORPOLitModule
 from lightning_modules.simpo import SimPOLitModule
-from tests.lightning_modules.preference_fakes import make_module, sgd, write_pairs
+from tests.lightning_modules.preference_fakes import constant, make_module, sgd, write_pairs
 from tests.lightning_modules.processes import in_two_processes
 from tests.lightning_modules.run_fakes import Watch, make_data, make_trainer, weights
 
@@ -104,3 +105,28 @@ def test_data_that_cannot_count_ahead_are_refused(tiny_llm: Path, tmp_path: Path
     module = make_module(ORPOLitModule, tiny_llm, None)
     with pytest.raises(ValueError, match="2 terms with counts of their own.*a subclass of RowDataModule, got NoneType"):
         make_trainer(tmp_path).fit(module, [])
+
+
+@pytest.mark.parametrize(("first", "then"), [((8, 1), (2, 4)), ((2, 4), (4, 2))])
+def test_a_run_goes_on_with_other_micro_batches(
+    tiny_llm: Path, tiny_clip: Path, tmp_path: Path, first: tuple[int, int], then: tuple[int, int]
+) -> None:
+    """In the middle of an epoch of three steps, the last of four rows."""
+    rows = write_pairs(tmp_path / "rows.jsonl", 20)
+
+    def fit(name: str, batch_size: int, accumulate: int, max_steps: int, resume: Path | None = None) -> dict[str, Tensor]:
+        torch.manual_seed(4)
+        module = make_module(ORPOLitModule, tiny_llm, tiny_clip, optimizer=sgd(), lr_scheduler=constant)
+        steps = {"accumulate_grad_batches": accumulate, "max_steps": max_steps, "max_epochs": 2}
+        trainer = make_trainer(tmp_path / name, RunCheckpoint(every_n_train_steps=1), plugins=[CheckpointFile()], **steps)
+        data = make_data(module, rows, batch_size=batch_size)
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        assert trainer.global_step == max_steps and data.row_counts()["trained"] == (8 if max_steps == 1 else 16)
+        return weights(module)
+
+    expected = fit("whole", 8, 1, max_steps=5)
+    start = fit("first", *first, max_steps=1)
+    got = fit("then", *then, max_steps=5, resume=tmp_path / "first/checkpoints/last.ckpt")
+    for name, tensor in expected.items():
+        assert torch.allclose(got[name], tensor, atol=1e-6, rtol=0), name
+    assert any(not torch.allclose(start[name], tensor, atol=1e-4) for name, tensor in expected.items())

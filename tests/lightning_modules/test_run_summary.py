@@ -5,9 +5,11 @@ import signal
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from callback_fakes import Bridge, FakeData, FakeModule, good_batch, make_trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -147,3 +149,17 @@ def test_a_full_disk_does_not_hide_what_stopped_the_run(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="out of memory"), pytest.warns(UserWarning, match="summary.json cannot be written"):
         make_trainer(tmp_path / "file", [RunSummary()]).fit(Stops(), datamodule=FakeData([good_batch()]))
+
+
+def test_processes_that_share_a_model_count_its_rows_once() -> None:
+    """Four processes, of which two each have the same rows."""
+
+    class Strategy:
+        root_device = torch.device("cpu")
+
+        def reduce(self, own: torch.Tensor, reduce_op: str) -> torch.Tensor:
+            return own * 4
+
+    trainer: Any = SimpleNamespace(world_size=4, strategy=Strategy(), distributed_sampler_kwargs={"num_replicas": 2, "rank": 0})
+    counts = Counts({"rows": 5, "trained": 4}, {"image": 3}, {"image": 6}, {"a": {"rows": 5}}).add_up(trainer)
+    assert counts == Counts({"rows": 10, "trained": 8}, {"image": 6}, {"image": 12}, {"a": {"rows": 10}})

@@ -5,23 +5,30 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from lightning.pytorch.plugins.precision import FSDPPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from encoders.projectors import MLPProjector
 from encoders.tuning import LoRA, Tune
 from lightning_modules.checkpoints import CheckpointFile, RunCheckpoint
+from lightning_modules.dpo import DPOLitModule
 from lightning_modules.multimodal import MultiModalLitModule
+from lightning_modules.preference import PreferenceLitModule
+from lightning_modules.reward_model import RewardLitModule
 from lightning_modules.strategies import ShardedStrategy
 from models.checkpoint import read_checkpoint
 from models.language import LanguageModel
 from models.multimodal import MultiModalModel
 from models.spread import whole
 from tests.lightning_modules.media_fakes import make_all, write_media_rows
+from tests.lightning_modules.preference_fakes import make_module
 from tests.lightning_modules.processes import MakeStrategy, ddp, in_two_processes
 from tests.lightning_modules.run_fakes import Watch, make_data, make_trainer
 
@@ -228,9 +235,37 @@ def test_a_folder_of_shards_becomes_one_file(train: Callable[..., None], tmp_pat
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_other_strategies_are_refused(tiny_llm: Path) -> None:
+def test_lightning_s_fsdp_clips_no_norm() -> None:
+    """One reason why it is refused: if it does one day, it is worth another look."""
+    with pytest.raises(MisconfigurationException, match="gradient_clip_algorithm='norm'"):
+        FSDPPrecision("32-true").clip_grad_by_norm(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (FSDPStrategy, r"FSDPStrategy, which is not supported: it does not clip.*fsdp\.yaml"),
+        (DeepSpeedStrategy, r"DeepSpeedStrategy, which is not supported: its engine keeps the gradients.*fsdp\.yaml.*ZeRO-3"),
+    ],
+)
+def test_other_strategies_are_refused(tiny_llm: Path, strategy: type[Strategy], message: str) -> None:
     module = MultiModalLitModule(LanguageModel(str(tiny_llm)))
     module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    module.trainer._accelerator_connector.strategy = FSDPStrategy()
-    with pytest.raises(ValueError, match=r"FSDPStrategy, which is not supported.*fsdp\.yaml"):
+    module.trainer._accelerator_connector.strategy = object.__new__(strategy)  # DeepSpeed's needs its package to be made
+    with pytest.raises(ValueError, match=message):
         module.configure_model()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (DPOLitModule, r"FrozenCopy, which shares weights.*AdapterOff or SecondAdapter.*ddp\.yaml"),
+        (RewardLitModule, r"which a reward model does not support.*ddp\.yaml"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused(tiny_llm: Path, tiny_clip: Path, kind: type[PreferenceLitModule], message: str) -> None:
+    """A reference that is a copy of what trains, here of a projector; and a reward model."""
+    module = make_module(kind, tiny_llm, tiny_clip, image_projector=MLPProjector())
+    module._device_mesh = cast("Any", object())  # as a strategy sets it
+    with pytest.raises(ValueError, match=message):
+        module.build_model()
