@@ -70,7 +70,8 @@ class StepLoss:
     def shares(self, batch: Batch, trainer: Trainer) -> Tensor:
         """The factor of each term's sum in a batch, so that dividing by the first count of the step gives each its mean: share_K.
 
-        The processes must meet here, where there are several terms.
+        The processes must meet here, where there are several terms. Weights that `model.reward_criteria` give to pairs are not
+        known ahead: where their mean in a step is m, the terms after the first are divided by m.
         """
         if self._num_terms == 1:
             return torch.ones((), device=trainer.strategy.root_device)

@@ -83,12 +83,13 @@ def plan_epoch(datamodule: RowDataModule, trainer: Namespace, replicas: int, num
     sizes = loader.sizes()
     if not sizes.tokens_R.any():
         raise ValueError("no row of the training data can be used: `python train.py inspect --bad` says why")
-    every = GlobalBatches(loader.rows, datamodule.batch_size, 0, replicas, datamodule.batching, loader.sizes)
+    accumulated = trainer.get("accumulate_grad_batches") or 1
+    every = GlobalBatches(loader.rows, datamodule.batch_size, 0, replicas, datamodule.batching, loader.sizes, accumulated)
     num_of_rank = len(every)  # plans the units, once for all ranks
     batches = [planned for rank in range(replicas) for planned in _of_rank(every, rank, sizes)]
     limit = trainer.get("limit_train_batches")
     taken = int(limit * num_of_rank) if isinstance(limit, float) else num_of_rank if limit is None else min(limit, num_of_rank)
-    steps = -(-taken // (trainer.get("accumulate_grad_batches") or 1))
+    steps = -(-taken // accumulated)
     by_size = sorted(batches, key=lambda batch: (-batch.places, -batch.encoded))
     return Epoch(
         rows=len(loader.rows),
