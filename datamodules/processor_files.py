@@ -34,15 +34,17 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         ValueError: One of them would come to lie outside the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".processor-", dir=folder) as temporary:
+    temporary = folder / ".file.tmp"  # the same each time: what a kill leaves of it, the next write takes up
+    try:
         for name in sorted(files, key=lambda name: name == DESCRIPTION):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts:
                 raise ValueError(f"the processor has a file {name!r}, which is no path inside a folder: it was tampered with")
-            written = Path(temporary, "file")
-            written.write_bytes(files[name])
+            temporary.write_bytes(files[name])
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            written.replace(folder / path)
+            temporary.replace(folder / path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

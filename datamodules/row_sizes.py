@@ -78,7 +78,8 @@ def _of_source(source: "MultiModalDataset", num_workers: int) -> RowSizes:
     if place.is_file():
         return RowSizes(*np.load(place, allow_pickle=False))
     log.warning("%s: looking at the sizes of %s rows, once, to fill batches with them", source.file.path, f"{len(source):,}")
-    loader = DataLoader(_Sizes(source), batch_size=256, num_workers=num_workers, collate_fn=list)
+    own = torch.Generator()  # a loader that draws from the global one would make the first run another one than later ones
+    loader = DataLoader(_Sizes(source), batch_size=256, num_workers=num_workers, collate_fn=list, generator=own)
     sizes_2R = np.array([size for sizes in loader for size in sizes], np.int32).reshape(-1, 2).T
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = place.with_name(f"{place.name}.{secrets.token_hex(4)}.tmp")

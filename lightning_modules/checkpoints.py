@@ -1,11 +1,11 @@
 """When checkpoints are written, and where; and that each of them stands between two optimizer steps."""
 
-import copy
 import io
 import os
 import signal
 import weakref
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lightning_modules.run_folder import cannot_write, run_folder
 from lightning_modules.signals import Signals, StoppedBySignal
 from models.checkpoint import read_checkpoint
-from models.manifest import HashingWriter, Manifest, discard, manifest_path, publish, sweep, temporary_name
+from models.manifest import HashingWriter, Manifest, copy, discard, manifest_path, publish, read_manifest, sweep, temporary_name
 
 
 class CannotSaveError(ValueError):
@@ -58,6 +58,7 @@ class RunCheckpoint(ModelCheckpoint):
         self.on_save_error = on_save_error
         self._weights_move = False
         self._signals = Signals()
+        self._written: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settles the folder, and clears away what a run that was killed while it saved has left in it."""
@@ -71,6 +72,33 @@ class RunCheckpoint(ModelCheckpoint):
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes signals, before processes are started that would get them too."""
         self._signals.listen()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also what was written and not removed: a kill may come between a new checkpoint and the removal of an old one."""
+        return {**super().state_dict(), "written": sorted(self._written)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave."""
+        super().load_state_dict(state_dict)
+        self._written = set(state_dict.get("written", ()) if self.dirpath == state_dict.get("dirpath") else ())
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends what a kill has stopped behind the checkpoint that the run goes on from: last.ckpt, and removing old ones."""
+        if not trainer.is_global_zero or not trainer.ckpt_path:
+            return
+        taken, last = Path(trainer.ckpt_path), Path(self._last())
+        if str(taken) in self._written:
+            for path in self._written - {str(taken), str(last), self.best_model_path, *self.best_k_models}:
+                self._remove_checkpoint(trainer, path)
+        if taken == last or not taken.is_relative_to(run_folder(trainer)):
+            return
+        newer, there = read_manifest(taken), read_manifest(last)
+        if newer and there and newer.written_ns > there.written_ns:
+            try:
+                copy(taken, last)  # or a run that was killed behind its last step would end with an older one
+            except OSError as error:
+                discard(last)
+                rank_zero_warn(cannot_write(last, error))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins between two steps."""
@@ -139,7 +167,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _attempt(self, save: Callable[..., None], trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Saves, or says why not and forgets about it, so that Lightning removes no earlier checkpoint for a later one."""
-        before = copy.deepcopy(self.state_dict())
+        before = deepcopy(self.state_dict())
         try:
             save(trainer, monitor_candidates)
         except CannotSaveError as error:
@@ -148,7 +176,16 @@ class RunCheckpoint(ModelCheckpoint):
             self.load_state_dict(before)
             rank_zero_warn(f"{error}. The run goes on without this checkpoint, since checkpoint.on_save_error is go_on")
 
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        # Lightning spares the one that a run goes on from, which one that was not stopped would have removed
+        return previous != current and previous in self._written
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._remove_checkpoint(trainer, filepath)
+        self._written.discard(filepath)
+
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        self._written.add(filepath)  # before saving, because it is part of what is saved
         save_together(trainer, filepath, self.save_weights_only)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath

@@ -173,12 +173,17 @@ def reason(error: BaseException) -> str:
 
 
 def _text_for_the_user(error: BaseException) -> str:
-    """The text of an error that our code raised, here or in a loader worker, or of a full disk; empty for any other error."""
+    """The text of an error that our code raised, here or in a loader worker, of a full disk or a lost worker; else empty."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # wherever: a library writes files too
         where = f" while {error.filename} was written" if error.filename else ""
         return (
             f"{error.strerror}{where}: make room on the disk of the run folder and on that for temporary files, or give another "
             "run folder with --trainer.default_root_dir. What has been saved is whole: --ckpt_path last goes on from there"
+        )
+    if isinstance(error, RuntimeError) and (lost := _LOST_WORKER.search(str(error))):
+        return (
+            f"a process that reads data {lost[1]}: where memory is full the system ends one. Take fewer with --data.num_workers, "
+            "or a smaller --data.batch_size; --ckpt_path last goes on from the newest checkpoint"
         )
     if not isinstance(error, ValueError):
         return ""
@@ -187,6 +192,8 @@ def _text_for_the_user(error: BaseException) -> str:
     in_worker = _IN_WORKER.search(str(error))
     return in_worker["text"].strip() if in_worker and _is_ours(in_worker["file"]) else ""
 
+
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid.*\) ((?:is|was) killed by signal: \w+|exited unexpectedly)")
 
 # the text of a traceback, whose last frame is where the error was raised: by a raise statement, maybe with marks below it
 _IN_WORKER = re.compile(

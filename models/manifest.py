@@ -118,6 +118,24 @@ def publish(path: Path, manifest: Manifest) -> None:
     shutil.rmtree(_aside(path), ignore_errors=True)
 
 
+def copy(source: Path, path: Path) -> None:
+    """Gives a whole checkpoint a second name, in the place of the one that stands there.
+
+    Raises:
+        OSError: The disk is full, or fails.
+    """
+    manifest, temporary = read_manifest(source), temporary_name(path)
+    assert manifest is not None
+    if source.is_dir():
+        shutil.copytree(source, temporary)
+    else:
+        shutil.copyfile(source, temporary)
+    for file in (file for file in (temporary, *temporary.rglob("*")) if file.is_file()):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    publish(path, Manifest(manifest.step, file_sums(temporary, path.name), manifest.wandb_run_id))
+
+
 def discard(path: Path) -> None:
     """Takes away what was written for a checkpoint that could not be finished."""
     temporary = temporary_name(path)
@@ -144,21 +162,20 @@ def newest(folders: Iterable[Path]) -> Newest | None:
     Raises:
         ValueError: There are manifests, and none of their checkpoints is whole.
     """
-    found: list[tuple[int, int, Path]] = []
+    found: list[tuple[int, int, Path, Manifest]] = []
     for folder in folders:
         for old in folder.glob(".*.ckpt.old"):  # killed between the renaming of an old folder and that of a new one
             with contextlib.suppress(OSError):  # also where another process does the same
                 old.rename(folder / old.name[1 : -len(".old")])
-        for file in {*folder.glob(f"*{SUFFIX}"), *folder.glob(f".*{SUFFIX}.tmp")}:
-            path = folder / file.name.removeprefix(".").removesuffix(".tmp").removesuffix(SUFFIX)
-            found += [(manifest.written_ns, manifest.step, path) for manifest in _manifests(path) if path.exists()]
+        names = {file.name for pattern in (f"*{SUFFIX}", f".*{SUFFIX}.tmp") for file in folder.glob(pattern)}
+        for path in {folder / name.removeprefix(".").removesuffix(".tmp").removesuffix(SUFFIX) for name in names}:
+            found += [(manifest.written_ns, manifest.step, path, manifest) for manifest in _manifests(path) if path.exists()]
     left: dict[Path, str] = {}
-    for *_, path in sorted(found, reverse=True):
-        if path in left:
-            continue
-        if not (problem := fault(path)) and (manifest := read_manifest(path)) is not None:
+    for *_, path, manifest in sorted(found, key=lambda entry: entry[:3], reverse=True):
+        if not _difference(path, manifest):
             return Newest(path, manifest, [f"{path.name}: {why}" for path, why in left.items()])
-        left[path] = problem
+        if problem := fault(path):  # or it is whole, and this manifest that of one that was never renamed: no older than that
+            left[path] = problem
     if left:
         named = "; ".join(f"{path}: {why}" for path, why in left.items())
         raise ValueError(f"no checkpoint is whole ({named}). Start anew in another folder, or bring one back from a copy")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from datamodules import media_image
@@ -55,7 +56,9 @@ def test_sizes_are_those_of_the_examples(dataset, monkeypatch):
     assert expected.count((0, 0)) == 2
     assert len({tokens for tokens, _ in expected}) > 2
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("a picture was decoded"))
+    before = torch.get_rng_state()
     sizes = row_sizes(dataset, num_workers=0)
+    assert torch.equal(torch.get_rng_state(), before)  # or the first run of all would be another one
     assert [*zip(sizes.tokens_R.tolist(), sizes.encoded_R.tolist(), strict=True)] == expected
 
 

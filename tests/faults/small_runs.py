@@ -34,7 +34,7 @@ def fit(module: MultiModalLitModule, folder: Path, rows: Path, *callbacks: Callb
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(4)
     checkpoint = options.pop("checkpoint", None) or RunCheckpoint(every_n_epochs=9)
-    resume, plugins = options.pop("resume", None), [CheckpointFile(), *options.pop("plugins", [])]
+    resume, plugins = options.pop("resume", None), [options.pop("files", None) or CheckpointFile(), *options.pop("plugins", [])]
     data = make_data(module, rows, **options.pop("data", {}))
     defaults = {"max_epochs": 2, "accumulate_grad_batches": 2}
     trainer = make_trainer(folder, checkpoint, *callbacks, plugins=plugins, **(defaults | options))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_modules.cli import quiet_lightning, show_user_errors
+from models.manifest import read_manifest
 from tests.lightning_modules.run_fakes import write_rows
 from train import main
 
@@ -225,14 +227,17 @@ class Kill(Callback):
 
     Args:
         step: After so many steps.
+        worker: One that reads data instead of that which trains.
     """
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, worker: bool = False) -> None:
         self.step = step
+        self.worker = worker
 
     def on_before_backward(self, trainer: Any, *args: Any) -> None:
         if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            children = multiprocessing.active_children()
+            os.kill(min(child.pid for child in children if child.pid) if self.worker else os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
@@ -245,3 +250,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(uninterrupted: Path, tmp_
     ends = [torch.load(path / "checkpoints/last.ckpt", weights_only=True) for path in (uninterrupted, folder)]
     assert all(torch.equal(tensor, ends[1]["state_dict"][name]) for name, tensor in ends[0]["state_dict"].items())
     assert not [path.name for path in folder.rglob(".*")]
+
+
+def test_a_worker_that_is_killed_ends_the_run_which_goes_on(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "stopped"
+    kill = ["--trainer.callbacks+", f"{__name__}.Kill", "--trainer.callbacks.step=3", "--trainer.callbacks.worker=true"]
+    ended = run(folder, *MORE_STEPS, "--data.num_workers=2", *kill)
+    expect(ended, r"reads data (is killed by signal: Killed|exited unexpectedly): .*memory.*--ckpt_path last goes on")
+    manifest = read_manifest(folder / "checkpoints/last.ckpt")
+    assert manifest is not None and manifest.step in (3, 4)
+    assert run(folder, *MORE_STEPS, "--data.num_workers=2", "--ckpt_path=last").code == 0
+    ends = [torch.load(path / "checkpoints/last.ckpt", weights_only=True) for path in (uninterrupted, folder)]
+    assert all(torch.equal(tensor, ends[1]["state_dict"][name]) for name, tensor in ends[0]["state_dict"].items())

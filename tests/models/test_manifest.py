@@ -76,6 +76,18 @@ def test_a_kill_at_any_moment_leaves_one_that_is_whole(tmp_path: Path, write: Wr
     assert content(path) == "three" and fault(path) == ""
 
 
+def test_a_manifest_that_was_never_renamed_makes_nothing_newer(tmp_path: Path) -> None:
+    """A kill came before last.ckpt of step 3 got its name, its manifest being there; the newest is that of step 2."""
+    last, aside = tmp_path / "last.ckpt", tmp_path / "aside"
+    save(last, "one", write_file, step=1)
+    save(tmp_path / "best.ckpt", "two", write_file, step=2)
+    aside.mkdir()
+    save(aside / "last.ckpt", "three", write_file, step=3)
+    manifest_path(aside / "last.ckpt").rename(temporary_name(manifest_path(last)))
+    found = newest([tmp_path])
+    assert found is not None and (found.path.name, found.manifest.step, found.left) == ("best.ckpt", 2, [])
+
+
 def dies_after(calls: int, act: Callable[[], None]) -> int:
     """Runs a function in this process and ends it as by a kill before its next call that opens, renames or removes something."""
     left = [calls]
