@@ -3,6 +3,7 @@
 A new recipe needs an entry in `RECIPES`; a new overlay one in `OVERLAYS`, if it brings parts of its own.
 """
 
+import hashlib
 import json
 import math
 import sys
@@ -10,7 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
+from models.checkpoint import read_checkpoint
 from tests.lightning_modules.media_fakes import write_media_rows
 from train import main
 
@@ -176,7 +179,7 @@ def train(tmp_path: Path, model_folder: Callable[[str], Path], monkeypatch: pyte
         assert math.isfinite(cli.trainer.callback_metrics["val/loss"])
         (optimizer,) = cli.trainer.optimizers
         assert {parameter for group in optimizer.param_groups for parameter in group["params"]} == set(optimizer.state)
-        return tmp_path / "run"
+        return Path(given["trainer.default_root_dir"])
 
     yield run
     if "wandb" in sys.modules:
@@ -190,6 +193,29 @@ def test_a_recipe_trains(recipe: str, train: Train) -> None:
     assert recipe in RECIPES, f"give tests/test_recipes.py an entry for configs/sft/{recipe}.yaml: what to replace in it"
     folder = train([f"sft/{recipe}"], RECIPES[recipe])
     assert (folder / "checkpoints/last.ckpt").is_file() and (folder / "samples.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_a_recipe_run_twice_gives_the_same_weights(recipe: str, train: Train, tmp_path: Path) -> None:
+    """Bit for bit, after three steps, and the same state of the optimizer; the second run reads what the first put in caches."""
+    flags = RECIPES[recipe] | {"trainer.limit_train_batches": "3", "trainer.accumulate_grad_batches": "1"}
+    sums = []
+    for number in range(2):
+        folder = train([f"sft/{recipe}"], flags | {"trainer.default_root_dir": str(tmp_path / f"{number}")})
+        checkpoint = read_checkpoint(folder / "checkpoints/last.ckpt")
+        assert checkpoint["global_step"] == 3
+        sums.append({name: _sha256(weight) for name, weight in checkpoint["state_dict"].items()})
+        sums[-1] |= {
+            f"{name} of {parameter}": _sha256(value)
+            for parameter, state in checkpoint["optimizer_states"][0]["state"].items()
+            for name, value in state.items()
+        }
+    assert len(sums[0]) > 4 and sums[0] == sums[1]
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("overlay", OVERLAY_NAMES)
