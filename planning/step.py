@@ -86,7 +86,7 @@ def run_step(
         if not accumulates:
             optimizer.zero_grad()
         with allocations.kept_for("backward pass"):
-            result[0].backward()
+            result[0].sum().backward()  # an objective may have several terms
     for hook in hooks:
         hook.remove()
     at_peak = allocations.at_peak.copy()

@@ -20,8 +20,8 @@ from lightning_modules.multimodal import MultiModalLitModule
 from models.language import LanguageModel
 from planning.allocations import GRADIENTS
 from planning.outline import make_outline
-from planning.placement import Placement, held_bytes
-from planning.step import STATES, precision_of, run_step
+from planning.placement import Placement, check_placement, held_bytes
+from planning.step import STATES, StepCost, precision_of, run_step
 from tests.lightning_modules.run_fakes import make_data, write_rows
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -68,6 +68,8 @@ def test_weights_of_llama_2_7b(tmp_path: Path, tiny_llm: Path, quantize: Any) ->
     if quantize is None:
         assert size == 2 * 6_738_415_616
     else:
+        with pytest.raises(ValueError, match=r"224 weights are quantised"):
+            check_placement(outline, Placement(2, is_sharded=True))
         assert size == pytest.approx(4.127 / 8 * in_layers + 2 * (6_738_415_616 - in_layers), rel=1e-4)
 
 
@@ -105,6 +107,37 @@ def test_a_step_in_numbers(tmp_path: Path, tiny_llm: Path) -> None:
     assert held_bytes(outline, Placement())["language_model"] == 4 * number
     assert held_bytes(outline, Placement(4, is_sharded=True))["language_model"] == pytest.approx(number, rel=1e-3)
     assert held_bytes(outline, Placement(4, has_buckets=True))["DDP's buckets"] == 4 * number
+
+
+@pytest.mark.slow
+def test_published_figures_of_7b(tmp_path: Path, tiny_llm: Path) -> None:
+    """LoRA on Llama-2-7B in bfloat16, activations computed again, one row of 2,048 tokens.
+
+    On paper: 12.55 GiB of weights, 0.60 of adapters with gradients and two moments in float32, 32 inputs of layers of 16 MiB, and
+    one layer whose activations are there, some 40 tensors of that size: 14 to 16 GiB.
+    """
+    cost, total = on_a100(tmp_path, tiny_llm, LLAMA_2_7B, 2048, dtype="bfloat16")
+    assert cost.at_peak[GRADIENTS] + cost.at_peak[STATES] == pytest.approx(3 * 4 * 39_976_960, rel=1e-3)
+    assert 14 <= total / 2**30 <= 16
+    # 6 x weights x tokens, less the gradients of weights (2), and the forward pass once more (2)
+    assert cost.flops == pytest.approx(6 * 6.61e9 * 2048, rel=0.1)
+
+
+@pytest.mark.slow
+def test_published_figures_of_65b(tmp_path: Path, tiny_llm: Path) -> None:
+    """QLoRA (Dettmers et al. 2023, arXiv 2305.14314, abstract) trains LLaMA-65B on one GPU of 48 GB."""
+    config = LLAMA_2_7B | {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64}
+    _, total = on_a100(tmp_path, tiny_llm, config, 512, dtype="bfloat16", quantize="nf4")
+    assert 34e9 <= total <= 48e9
+
+
+def on_a100(folder: Path, tiny_llm: Path, config: dict[str, Any], length: int, **options: Any) -> tuple[StepCost, int]:
+    """The cost of a step with adapters on all layers, computed again, and all that a device holds."""
+    tune = Tune(mode="lora", lora=LoRA(r=16, target_modules=ALL), activation_checkpointing=True)
+    precision = precision_of("bf16-mixed")
+    outline = make_outline(MultiModalLitModule(language_model(folder, tiny_llm, config, tune=tune, **options)), precision)
+    cost = run_step(outline, text_batch(1, length), precision)
+    return cost, held_bytes(outline, Placement()).total() + sum(cost.at_peak.values())
 
 
 def text_batch(num_rows: int, length: int) -> Batch:

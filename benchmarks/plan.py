@@ -1,0 +1,230 @@
+"""What `train.py plan` predicts of the memory of training, beside what training takes.
+
+    python benchmarks/plan.py
+
+Models of 10 to 20 million weights train for two steps on a CPU, with one thread, each in a process of its own, with Lightning's
+Trainer, as `fit` does. Measured is the operating system's own count: the largest resident set (VmHWM) less that before the model
+was built, in a process that has trained one step of one row before; every large block is mapped for itself, so that what is freed
+is given back. Predicted is what `plan` says of the same module, data and trainer: it reads no weights, decodes nothing, and knows
+nothing of the measurement. `max_error` is the largest |predicted / measured - 1|.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch makes its threads
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from jsonargparse import Namespace
+from PIL import Image
+
+from datamodules.batching import Batching
+from datamodules.image import ImageDataModule
+from encoders.image import HFVisionEncoder
+from encoders.projectors import MLPProjector
+from encoders.tuning import LoRA, Tune
+from lightning_modules.dpo import DPOLitModule
+from lightning_modules.multimodal import MultiModalLitModule
+from models.cross_attention import GatedCrossAttentionFusion
+from models.language import LanguageModel
+from planning.devices import find_device
+from planning.placement import placement_of
+from planning.run import Run, plan_run
+
+MIB = 2**20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of mallopt(3): from so many bytes on a block is mapped for itself, and what is free at the end of the heap is given back."""
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA = Tune(mode="lora", lora=LoRA(r=16, target_modules=TARGETS))
+NUM_ROWS, NUM_TOKENS = 12, 480
+
+
+def write_models(folder: Path) -> None:
+    """A language model and a vision tower, with random weights, and a tokenizer of letters."""
+    import transformers as hf
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    text = hf.LlamaConfig(
+        vocab_size=8192,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    vision = hf.CLIPVisionConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=224, patch_size=14
+    )
+    torch.manual_seed(20)
+    hf.LlamaForCausalLM(text).save_pretrained(folder / "language")
+    hf.CLIPVisionModel(vision).save_pretrained(folder / "vision")
+    words = {"<eos>": 0, "<unk>": 1, **{chr(code): code - 30 for code in range(32, 127)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}<eos>{% endfor %}"
+    tokenizer.save_pretrained(folder / "language")
+
+
+def write_rows(folder: Path) -> None:
+    """Rows of text, and rows with a picture of 256 patches, of one length each: then each batch is as large as the largest."""
+    generator = torch.Generator().manual_seed(20)
+    rows: dict[str, list[str]] = {"text": [], "pictures": []}
+    for number in range(NUM_ROWS):
+        pixels = torch.randint(256, (300, 400, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+        half = "ab" * (NUM_TOKENS // 4)
+        text = {"query": half, "response": half, "rejected_response": half[::-1]}
+        few = {"query": f"<image>{'a' * 100}", "response": "b" * 100, "rejected_response": "c" * 100, "images": [f"{number}.png"]}
+        rows["text"].append(json.dumps(text))
+        rows["pictures"].append(json.dumps(few))
+    for name, lines in rows.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run.
+
+    Args:
+        module: Makes the module.
+        rows: Name of its file.
+        data: Options of the data module.
+        trainer: Options of the trainer.
+    """
+
+    module: Callable[[], MultiModalLitModule]
+    rows: str = "text"
+    data: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def make_data(self, module: MultiModalLitModule, folder: Path) -> ImageDataModule:
+        """The data module."""
+        path = str(folder / f"{self.rows}.jsonl")
+        of_model: dict[str, Any] = {"processor": module.processor, "answer_form": module.answer_form}
+        return ImageDataModule(**{"train_path": path, "batch_size": 4, "num_workers": 0, **of_model, **self.data})
+
+
+def cases(folder: Path) -> dict[str, Case]:
+    """The runs, by name."""
+
+    def module(
+        tune: Tune,
+        tower: Tune | None = None,
+        kind: type[MultiModalLitModule] = MultiModalLitModule,
+        gated: bool = False,
+        **options: Any,
+    ) -> Callable[[], MultiModalLitModule]:
+        def make() -> MultiModalLitModule:
+            fusion = GatedCrossAttentionFusion() if gated else None
+            language_model = LanguageModel(name_or_path=str(folder / "language"), tune=tune, **options)
+            if tower is None:
+                return kind(language_model)
+            encoder = HFVisionEncoder(name_or_path=str(folder / "vision"), layer=-2, tune=tower)
+            return kind(language_model, image_encoder=encoder, image_projector=MLPProjector(), fusion=fusion)
+
+        return make
+
+    full, frozen, recomputed = Tune(mode="full"), Tune(mode="frozen"), replace(LORA, activation_checkpointing=True)
+    packed = {"batching": Batching(kind="packed", max_tokens=1024), "batch_size": 2}
+    return {
+        "full": Case(module(full)),
+        "full, accumulated": Case(module(full), data={"batch_size": 2}, trainer={"accumulate_grad_batches": 2}),
+        "LoRA": Case(module(LORA)),
+        "LoRA, packed": Case(module(LORA), data=packed),
+        "LoRA, recomputed": Case(module(recomputed), data={"batch_size": 12}),
+        "LoRA beside bfloat16": Case(module(LORA, dtype="bfloat16", compute_dtype="float32")),
+        "LoRA beside NF4": Case(module(LORA, quantize="nf4")),
+        "pictures, frozen tower": Case(module(LORA, frozen), "pictures"),
+        "pictures, tower trains": Case(module(LORA, full), "pictures"),
+        "pictures, gated fusion": Case(module(LORA, frozen, gated=True), "pictures"),
+        "pictures, DPO": Case(module(LORA, frozen, DPOLitModule), "pictures", {"batch_size": 2}),
+    }
+
+
+def predict(case: Case, folder: Path) -> float:
+    """MiB that `plan` says."""
+    module = case.module()
+    trainer = Namespace(devices=1, num_nodes=1, strategy="auto", precision="32-true", max_steps=2, **case.trainer)
+    run = Run(module, case.make_data(module, folder), trainer, placement_of(trainer), find_device("cpu"))
+    return plan_run(run).total / MIB
+
+
+def compare(case: Case, folder: Path) -> tuple[float, float]:
+    """MiB that `plan` says, and that training takes."""
+    receiver, sender = (context := multiprocessing.get_context("fork")).Pipe()
+    process = context.Process(target=_compare, args=(case, folder, sender))
+    process.start()
+    sender.close()
+    figures = receiver.recv()
+    process.join()
+    return figures
+
+
+def _compare(case: Case, folder: Path, sender: Any) -> None:
+    from lightning.pytorch import Trainer
+
+    for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        ctypes.CDLL(None).mallopt(parameter, 65_536)
+
+    def fit(case: Case, max_steps: int) -> None:
+        module = case.module()
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        options: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "use_distributed_sampler": False, "max_steps": max_steps}
+        Trainer(**quiet, **options, **case.trainer).fit(module, datamodule=case.make_data(module, folder))
+
+    predicted = predict(case, folder)
+    fit(replace(case, data=case.data | {"batch_size": 1}, trainer={}), 1)  # imports, and what libraries keep for good
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew (proc(5))
+    before = _status("VmRSS")
+    fit(case, 2)
+    sender.send((predicted, _status("VmHWM") - before))
+
+
+def _status(name: str) -> float:
+    """A figure of this process, in MiB."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="cases whose name has this in it")
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        write_models(folder)
+        write_rows(folder)
+        chosen = {name: case for name, case in cases(folder).items() if not args.only or args.only in name}
+        print(f"{'MiB':<24} {'predicted':>10} {'measured':>10} {'error':>8}")
+        for name, case in chosen.items():
+            predicted, measured = compare(case, folder)
+            figures[name] = predicted / measured - 1
+            print(f"{name:<24} {predicted:>10.0f} {measured:>10.0f} {100 * figures[name]:>+7.1f} %", flush=True)
+    print(json.dumps({"max_error": round(max(map(abs, figures.values())), 3), "cases": len(figures)}))
+
+
+if __name__ == "__main__":
+    main()
