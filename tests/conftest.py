@@ -6,7 +6,7 @@ each position and no two tokens come near a tie.
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,6 +163,14 @@ def tiny_dinov2(model_folder: Callable[[str], Path]) -> Path:
 def tiny_whisper(model_folder: Callable[[str], Path]) -> Path:
     """A Whisper of three layers, whose windows are a second long, with its feature extractor."""
     return model_folder("whisper")
+
+
+@pytest.fixture
+def seed() -> Iterator[None]:
+    """Draws of torch are the same in each test, and leave no trace: `pytestmark = pytest.mark.usefixtures("seed")`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        yield
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,8 @@ from models.manifest import fault, sweep
 from models.multimodal import MultiModalModel
 from tests.lightning_modules.run_fakes import batches, make_data, make_trainer, weights, write_rows
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 FROZEN, FULL = Tune(mode="frozen"), Tune(mode="full")
 DROPOUT = Tune(mode="lora", lora=LoRA(dropout=0.3))
 
@@ -31,13 +33,6 @@ DROPOUT = Tune(mode="lora", lora=LoRA(dropout=0.3))
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 9)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        yield
 
 
 @pytest.fixture

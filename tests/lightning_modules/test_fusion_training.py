@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,14 @@ from models.multimodal import MultiModalModel
 from tests.lightning_modules.processes import in_two_processes
 from tests.lightning_modules.run_fakes import Watch, batches, examples, make_data, make_trainer, weights, write_rows
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 MakeModule = Callable[..., MultiModalLitModule]
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 8)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        yield
 
 
 @pytest.fixture

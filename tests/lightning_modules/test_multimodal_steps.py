@@ -4,7 +4,7 @@ Shape suffixes: B rows, T tokens, N patches, D width, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,14 @@ from tests.lightning_modules.run_fakes import (
     write_rows,
 )
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 MakeModule = Callable[..., MultiModalLitModule]
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 7)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        yield
 
 
 def hugging_face_nll(module: MultiModalLitModule, llm: Path, clip: Path, batch: Batch) -> tuple[Tensor, int]:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,14 @@ from lightning_modules.multimodal import MultiModalLitModule, Stage
 from models.language import LanguageModel
 from tests.lightning_modules.run_fakes import Watch, examples, make_data, make_trainer, weights, write_rows
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 MakeModule = Callable[..., MultiModalLitModule]
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 8)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        yield
 
 
 def sgd(groups: Any) -> torch.optim.Optimizer:

@@ -6,7 +6,6 @@ Shape suffixes: B rows, T tokens, N patches, D width, V vocabulary.
 import copy
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,17 +35,12 @@ from tests.conftest import randomise_adapters
 from tests.lightning_modules.preference_fakes import constant, make_module, sgd, write_pairs
 from tests.lightning_modules.run_fakes import examples, make_data, make_trainer
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("rows") / "rows.jsonl", 8)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        yield
 
 
 def built(module: MultiModalLitModule) -> Any:

@@ -1,7 +1,6 @@
 """Objectives learn what rows prefer, in seconds: also what cannot be known without the picture."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,10 @@ from models.language import LanguageModel
 from tests.lightning_modules.preference_fakes import make_module
 from tests.lightning_modules.run_fakes import make_data, make_trainer
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 COLOURS = {"red": (220, 50, 47), "blue": (50, 90, 210)}
 ALL = Tune(mode="lora", lora=LoRA(r=16, alpha=32, target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")))
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        yield
 
 
 def write(path: Path, split: str, num_rows: int, pictures: bool) -> Path:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,12 @@ from tests.lightning_modules.preference_fakes import make_module, sgd, write_pai
 from tests.lightning_modules.processes import in_two_processes
 from tests.lightning_modules.run_fakes import make_data, make_trainer, weights
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("rows") / "rows.jsonl", 8)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        yield
 
 
 class StopAt(Callback):

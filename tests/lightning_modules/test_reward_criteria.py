@@ -4,7 +4,6 @@ import copy
 import csv
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,19 +36,14 @@ from tests.lightning_modules.preference_fakes import constant, make_module, sgd,
 from tests.lightning_modules.run_fakes import batches, examples, make_data, make_trainer, short_run
 from train import main
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 CRITERION = ReferenceCriterion(MultimodalConsistencyScorer(center=0.1, scale=0.2))
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("rows") / "rows.jsonl", 5)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        yield
 
 
 def make(llm: Path, clip: Path | None, **options: Any) -> DPOLitModule:

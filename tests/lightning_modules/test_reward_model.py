@@ -4,7 +4,6 @@ Shape suffixes: A answers, D width, T tokens.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,17 +21,12 @@ from tests.conftest import randomise_adapters
 from tests.lightning_modules.preference_fakes import make_module, sgd, write_pairs
 from tests.lightning_modules.run_fakes import examples, make_data, make_trainer
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("rows") / "rows.jsonl", 8)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        yield
 
 
 def test_the_score_is_read_at_the_end_token(tiny_llm: Path, tiny_clip: Path, rows: Path) -> None:

@@ -4,7 +4,7 @@ Shape suffixes: B rows, T tokens.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,12 @@ from models.multimodal import MultiModalModel
 from models.stored import StoredLinear, num_weights, stored_type
 from tests.lightning_modules.run_fakes import make_data, make_trainer, write_rows
 
+pytestmark = pytest.mark.usefixtures("seed")
+
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 LORA = Tune(mode="lora", lora=LoRA(r=4, target_modules=TARGETS))
 needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 TOKENS_BT = torch.randint(600, (3, 9), generator=torch.Generator().manual_seed(9))
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        yield
 
 
 def built(folder: Path, **options: Any) -> LanguageModel:
