@@ -31,9 +31,8 @@ class Memory(Callback):
 def test_memory_does_not_grow_over_thousands_of_steps(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
     memory = Memory()
     rows = write_rows(tmp_path / "rows.jsonl", 40)
-    fit(
-        make_module(tiny_llm, tiny_clip), tmp_path / "run", rows, memory, max_steps=STEPS, max_epochs=-1, accumulate_grad_batches=1
-    )
+    module, steps = make_module(tiny_llm, tiny_clip), {"max_steps": STEPS, "max_epochs": -1, "accumulate_grad_batches": 1}
+    fit(module, tmp_path / "run", rows, memory, **steps)
     assert len(memory.held) == STEPS // 500
     # a graph kept of each step, or its batch of pictures, would be 10 KiB a step or more: 25 MiB
     assert memory.held[-1] - memory.held[0] < 8 * MIB, [held // MIB for held in memory.held]
