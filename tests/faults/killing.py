@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,6 +27,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_modules.checkpoints import CheckpointFile
+from tests.forked import fork
 from train import main
 
 ROOT = Path(__file__).parents[2]
@@ -154,8 +156,7 @@ def start(folder: Path, kill_after: float | None = None, moment: tuple[str, int]
         moment: Kind and number of the moment of its saves that it does not outlive.
     """
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
-    if (child := os.fork()) == 0:
-        os._exit(_run(folder, moment))
+    child = fork(partial(_run, folder, moment))
     if kill_after is not None:
         while _cpu_seconds(child) < kill_after and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             time.sleep(0.005)
@@ -165,7 +166,7 @@ def start(folder: Path, kill_after: float | None = None, moment: tuple[str, int]
     return Ended(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, moments)
 
 
-def _run(folder: Path, moment: tuple[str, int] | None) -> int:
+def _run(folder: Path, moment: tuple[str, int] | None) -> None:
     """The life of a forked process."""
     with (folder / "log.txt").open("ab") as log:
         os.dup2(log.fileno(), 1)
@@ -177,13 +178,8 @@ def _run(folder: Path, moment: tuple[str, int] | None) -> int:
     KilledWhileSaving.last = moment
     sys.addaudithook(KilledWhileSaving.audit)
     resume = ["--ckpt_path=last"] if (folder / "run/config.yaml").exists() else []
-    try:
-        main([*OPTIONS, f"--data.sources.words.train_path={words}", f"--trainer.default_root_dir={folder / 'run'}", *resume])
-    except BaseException as error:  # noqa: BLE001  # whatever it is, the child must end here
-        os.write(2, f"{type(error).__name__}: {error}\n".encode())
-        return 1
+    main([*OPTIONS, f"--data.sources.words.train_path={words}", f"--trainer.default_root_dir={folder / 'run'}", *resume])
     (folder / "moments.json").write_text(json.dumps(KilledWhileSaving.passed))
-    return 0
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -1,9 +1,6 @@
 """Small runs that are hit by something, in this process or in one of their own."""
 
-import os
 import random
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +37,6 @@ def fit(module: MultiModalLitModule, folder: Path, rows: Path, *callbacks: Callb
     trainer = make_trainer(folder, checkpoint, *callbacks, plugins=plugins, **(defaults | options))
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return trainer
-
-
-def in_child(act: Callable[[], Any]) -> int:
-    """Runs a function in a forked process: the exit code, negative for the signal that ended it. An error gives 1."""
-    sys.stdout.flush()
-    if (child := os.fork()) == 0:
-        code = 1
-        try:
-            act()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        except BaseException as error:  # noqa: BLE001  # whatever it is, the child must end here
-            os.write(2, f"{type(error).__name__}: {error}\n".encode())
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def end_state(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,12 @@
 """Runs that are killed end as one that was left alone; `benchmarks/resume.py` kills 50."""
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from lightning_modules.checkpoints import RunCheckpoint
 from lightning_modules.cli import find_checkpoint
@@ -9,11 +14,20 @@ from tests.faults.killing import Killed, kill_runs
 from tests.faults.small_runs import end_state, fit, make_module, same
 from tests.lightning_modules.run_fakes import write_rows
 
+RESUME = Path(__file__).parents[2] / "benchmarks/resume.py"
+
 
 def test_runs_that_are_killed_end_as_one_that_was_left_alone(tmp_path: Path) -> None:
-    num_kills = 2
-    expected = [Killed(number, inside_save=number % 3 == 0, is_identical=True, orphans=[]) for number in range(num_kills)]
-    assert list(kill_runs(tmp_path, range(num_kills), seed=1)) == expected
+    expected = [Killed(number, inside_save=number % 3 == 0, is_identical=True, orphans=[]) for number in range(2)]
+    assert list(kill_runs(tmp_path, range(2), seed=1)) == expected
+
+
+@pytest.mark.slow
+def test_more_of_them() -> None:
+    """In a process of their own: one that has run a backward pass on fake tensors, as `plan` does, has autograd's threads, and a
+    process that is forked from it cannot train."""
+    ran = subprocess.run([sys.executable, RESUME, "--kills", "12", "--seed", "1"], stdout=subprocess.PIPE, text=True, check=True)
+    assert json.loads(ran.stdout.splitlines()[-1]) == {"kills": 12, "identical_share": 1.0, "orphans": 0}, ran.stdout
 
 
 def test_a_kill_behind_the_last_of_a_run_s_best_checkpoints(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:

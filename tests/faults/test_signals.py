@@ -15,7 +15,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning_modules.checkpoints import RunCheckpoint
 from lightning_modules.cli import find_checkpoint
 from models.manifest import fault, read_manifest
-from tests.faults.small_runs import end_state, fit, in_child, make_module, same
+from tests.faults.small_runs import end_state, fit, make_module, same
+from tests.forked import in_child
 from tests.lightning_modules.processes import in_two_processes
 from tests.lightning_modules.run_fakes import write_rows
 

@@ -19,6 +19,7 @@ from lightning.pytorch import Callback
 
 from lightning_modules.cli import quiet_lightning, show_user_errors
 from models.manifest import read_manifest
+from tests.forked import in_child
 from tests.lightning_modules.run_fakes import write_rows
 from train import main
 
@@ -33,27 +34,17 @@ class Ended(NamedTuple):
 def run(folder: Path, *arguments: str, command: str = "fit") -> Ended:
     """Runs the command line in a forked process, as `python train.py` does; saves the seconds of a new interpreter."""
     log = folder.parent / f"{folder.name}.stderr"
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            with log.open("wb") as file:
-                os.dup2(file.fileno(), 2)
-            sys.stderr = os.fdopen(2, "w", closefd=False)
-            sys.excepthook = show_user_errors(sys.__excepthook__)
-            quiet_lightning()
-            with contextlib.redirect_stdout(sys.stderr):
-                main([command, *TINY, "--trainer.default_root_dir", str(folder), *arguments])
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        except BaseException:  # noqa: BLE001  # whatever it is, the child must end here
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # there is one
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    return Ended(os.waitstatus_to_exitcode(status), log.read_text())
+
+    def act() -> None:
+        with log.open("wb") as file:
+            os.dup2(file.fileno(), 2)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+        sys.excepthook = show_user_errors(sys.__excepthook__)
+        quiet_lightning()
+        with contextlib.redirect_stdout(sys.stderr):
+            main([command, *TINY, "--trainer.default_root_dir", str(folder), *arguments])
+
+    return Ended(in_child(act), log.read_text())
 
 
 @pytest.fixture(scope="module")
