@@ -58,6 +58,7 @@ class VideoLimits:
         max_pixels: Height times width of a frame.
         max_bytes: Size of the file, or of what a `data:` URI holds; of a video of image files, of each of them.
         max_seconds: Length of the video.
+        max_frames: Frames of the video, of which a decoder makes a table before it gives the first; also of image files.
         max_decode_seconds: How long reading one may take; to be raised where the disk is far away, or videos are so long that
             decord, which decodes from the start where groups of pictures are open, is slow.
         max_memory_bytes: How much memory reading one may take: at least twice what its frames do, 3 bytes a pixel.
@@ -69,6 +70,7 @@ class VideoLimits:
     max_pixels: int = 10_000_000
     max_bytes: int = 2_000_000_000
     max_seconds: float = 7200.0
+    max_frames: int = 1_000_000
     max_decode_seconds: float = 120.0
     max_memory_bytes: int = 8_000_000_000
     reader: Library = "decord"
@@ -171,6 +173,9 @@ def medium_name(medium: Media) -> str:
 def _check(header: VideoHeader, name: str, limits: VideoLimits) -> None:
     if header.seconds > limits.max_seconds:
         raise MediaError(f"{name} is {header.seconds:,.1f} seconds long, above limits.video.max_seconds = {limits.max_seconds:g}")
+    num_frames = header.num_frames or round(header.fps * header.seconds)
+    if num_frames > limits.max_frames:
+        raise MediaError(f"{name} has {num_frames:,} frames, above limits.video.max_frames = {limits.max_frames:,}")
     num_pixels = header.height * header.width
     if num_pixels > limits.max_pixels:
         raise MediaError(

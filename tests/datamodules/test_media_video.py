@@ -125,6 +125,7 @@ def test_a_part_beyond_the_video_is_refused(root: MediaRoot) -> None:
     ("limits", "reason"),
     [
         (VideoLimits(max_seconds=2.5), r"a\.mp4 is 2\.9 seconds long, above limits\.video\.max_seconds = 2\.5"),
+        (VideoLimits(max_frames=60), r"a\.mp4 has 72 frames, above limits\.video\.max_frames = 60"),
         (VideoLimits(max_pixels=3000), r"a\.mp4 is 48 x 80 = 3,840 pixels, above limits\.video\.max_pixels = 3,000"),
         (VideoLimits(max_bytes=1000), r"a\.mp4 is .* bytes, above max_bytes = 1,000"),
     ],
@@ -135,7 +136,15 @@ def test_limits_hold_before_decoding(limits: VideoLimits, reason: str, root: Med
         clip(root, Media("video", "a.mp4"), limits=limits)
 
 
-@pytest.mark.parametrize("option", ["max_pixels", "max_bytes", "max_seconds", "max_decode_seconds", "max_memory_bytes"])
+def test_frames_are_limited_where_they_are_files_or_not_counted(root: MediaRoot) -> None:
+    for medium in (Media("video", ("0.png", "1.png", "0.png")), Media("video", "a.mkv")):
+        with pytest.raises(MediaError, match=r"has \d+ frames, above limits\.video\.max_frames = 2"):
+            clip(root, medium, limits=VideoLimits(max_frames=2))
+
+
+@pytest.mark.parametrize(
+    "option", ["max_pixels", "max_bytes", "max_seconds", "max_frames", "max_decode_seconds", "max_memory_bytes"]
+)
 def test_options_are_checked(option: str) -> None:
     with pytest.raises(ValueError, match=rf"limits\.video\.{option} must be above 0, got -1"):
         VideoLimits(**{option: -1})
