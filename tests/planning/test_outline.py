@@ -110,6 +110,30 @@ def test_a_step_in_numbers(tmp_path: Path, tiny_llm: Path) -> None:
 
 
 @pytest.mark.slow
+def test_7b_on_paper(tmp_path: Path, tiny_llm: Path) -> None:
+    """LoRA on Llama-2-7B in bfloat16, activations computed again, one row of 2,048 tokens.
+
+    The peak is at the last layer, which is computed again first: the gradients of the step before have been dropped, and those
+    of this step grow by 5 MiB a layer, while 16 MiB of its input are freed. So 14 GiB are, in tensors of 2,048 x 4,096 (16 MiB)
+    and 2,048 x 11,008 (43 MiB) of bfloat16: 12.55 GiB of weights; adapters and two moments in float32; the inputs of 32 layers;
+    and of one layer, in its feed-forward part, what two norms give, a copy of the input of each of six adapters, rotated queries
+    and keys, values, what attention gives, the stream after it, the gradient and its copy; gate, up, what they give, a copy of
+    it, and its gradient in float32.
+    """
+    cost, total = on_a100(tmp_path, tiny_llm, LLAMA_2_7B, 2048, dtype="bfloat16")
+    adapters, narrow, wide = 39_976_960, 2 * 2048 * 4096, 2 * 2048 * 11008
+    inputs, of_layer = 32 * narrow, (2 + 6 + 2 + 1 + 1 + 1 + 2) * narrow + (4 + 2) * wide
+    assert cost.at_peak[STATES] == pytest.approx(2 * 4 * adapters, rel=1e-3)
+    assert cost.at_peak[GRADIENTS] < 4 * adapters / 32
+    assert sum(cost.at_peak.values()) - cost.at_peak[STATES] == pytest.approx(inputs + of_layer, rel=0.01)
+    assert total == pytest.approx(2 * 6_738_415_616 + 3 * 4 * adapters + inputs + of_layer, rel=0.003)
+    # a product is made forward, again, and backward for its input; the head's not again; attention's 2 products, 2, and 5
+    in_layers, head = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008), 32000 * 4096
+    products = 2048 * (6 * in_layers + 8 * adapters + 4 * head) + 32 * 2 * (2 + 2 + 5) * 2048**2 * 4096
+    assert cost.flops == pytest.approx(products, rel=0.03)
+
+
+@pytest.mark.slow
 def test_published_figures_of_65b(tmp_path: Path, tiny_llm: Path) -> None:
     """QLoRA (Dettmers et al. 2023, arXiv 2305.14314, abstract) trains LLaMA-65B on one GPU of 48 GB."""
     config = LLAMA_2_7B | {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64}
