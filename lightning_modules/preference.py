@@ -15,6 +15,7 @@ from datamodules.answer_form import AnswerForm
 from datamodules.batch import Batch, answers_of_positions
 from datamodules.criteria import CriteriaUse
 from datamodules.fingerprint import fingerprint
+from datamodules.score_ranges import ScoreRanges
 from lightning_modules.comparison import Comparison, ScoredAnswers, row_values, token_metrics, unscored
 from lightning_modules.criteria import ReferenceCriterion, blank_media, criteria_metrics, has_media, judged, reference_terms
 from lightning_modules.dropout import turn_dropout_off
@@ -183,6 +184,7 @@ class ReferencedLitModule(PreferenceLitModule):
         self.reference = reference
         self.reward_criteria = reward_criteria or []
         self.criteria_use = criteria_use
+        self._ranges = ScoreRanges()
 
     def build_model(self) -> None:
         """Makes the weights, and the reference of them.
@@ -222,17 +224,26 @@ class ReferencedLitModule(PreferenceLitModule):
             return scored
         has_media_A = has_media(batch)
         scores_A = {each.label: each.scorer(scored.against, scored.blank, has_media_A) for each in self.reward_criteria}
+        if not self.is_lent:
+            self._ranges.add(scores_A, batch["answers"]["roles"])
         return judged(scored, scores_A, self._terms, self.criteria_use if stage == "train" else CriteriaUse())
 
     def on_train_epoch_end(self) -> None:
-        """Writes the log-probabilities that a later run may read."""
+        """Writes the log-probabilities that a later run may read, and names reward criteria that told nothing apart."""
         assert self.reference is not None
         self.reference.flush()
+        self._ranges.report()
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         assert self.reference is not None
         self.reference.flush()
+        if not self.trainer.sanity_checking:
+            self._ranges.report()
+
+    def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
+        self._ranges.report()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the reference is made again of."""

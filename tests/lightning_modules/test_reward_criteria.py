@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from datamodules.batch import Batch
+from datamodules.batch import AnswerRole, Batch
 from datamodules.criteria import CriteriaUse, RewardCriterion, Term
 from datamodules.preference import PreferenceDataModule
 from datamodules.relevance import RelevanceScorer
+from datamodules.score_ranges import ENOUGH, ROUNDING, ScoreRanges
 from datamodules.toxicity import ToxicityScorer
 from lightning_modules.comparison import ScoredAnswers
 from lightning_modules.criteria import (
@@ -228,6 +229,32 @@ def test_criteria_of_data_and_of_the_model_are_logged(tiny_llm: Path, tiny_clip:
     agreement = float((score_A[0::2] > score_A[1::2]).float().mean())
     assert logged.pop("val/criteria/multimodal_consistency/agreement") == pytest.approx(agreement)
     assert {name.split("/")[2] for name in logged} == {"relevance"}
+
+
+@pytest.mark.parametrize("scale", [0.2, 1e9])
+def test_a_criterion_that_tells_nothing_apart_is_reported_once(
+    scale: float, tiny_llm: Path, tiny_clip: Path, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = make_module(DPOLitModule, tiny_llm, tiny_clip, optimizer=sgd(), lr_scheduler=constant)
+    module.reward_criteria = [ReferenceCriterion(MultimodalConsistencyScorer(scale=scale))]
+    trainer = make_trainer(tmp_path)
+    for _ in range(2):
+        trainer.validate(module, make_data(module, rows, val_path=str(rows)), verbose=False)
+    said = "the reward criterion multimodal_consistency gave the score 0.5 to each of 8 answers: it tells nothing apart"
+    assert caplog.text.count("tells nothing apart") == caplog.text.count(said) == (scale > 1)
+
+
+def test_a_criterion_that_says_nothing_is_reported_in_the_middle_of_an_epoch(caplog: pytest.LogCaptureFixture) -> None:
+    ranges = ScoreRanges()
+    roles: list[AnswerRole] = ["chosen", "rejected", "corrupted", "mismatched"]
+    for number in range(ENOUGH // 2):
+        assert "tells nothing apart" not in caplog.text
+        other = 0.5 + ROUNDING / 2 * (number % 2)
+        scores_A = {"blind": [0.5, other, 0.9, 0.9], "silent": [math.nan] * 4, "seeing": [0.5, 0.6, 0.5, 0.5]}
+        ranges.add({name: torch.tensor(scores, dtype=torch.float64) for name, scores in scores_A.items()}, roles)
+    ranges.report()
+    assert "blind gave the score 0.5 to each of 200" in caplog.text and "silent gave no score to each of 200" in caplog.text
+    assert caplog.text.count("tells nothing apart") == 2
 
 
 CONFIG = """
