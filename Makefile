@@ -18,7 +18,7 @@ demo-dpo: .venv/.demo
 test: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow and not real"
 
-test-slow: .venv/.dev .venv/.demo .venv/.parity
+test-slow: .venv/.dev .venv/.demo .venv/.parity .venv/.deepspeed
 	$(BIN)/python -m pytest -m "slow or real"
 
 test-all: test test-slow
@@ -46,6 +46,10 @@ types: .venv/.dev
 
 .venv/.parity: requirements.txt requirements-demo.txt requirements-dev.txt requirements-parity.txt | .venv/bin/python
 	$(BIN)/python -m pip install $(PIP_ARGS) -r requirements-parity.txt
+	touch $@
+
+.venv/.deepspeed: requirements.txt requirements-deepspeed.txt | .venv/bin/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -r requirements-deepspeed.txt
 	touch $@
 
 clean:

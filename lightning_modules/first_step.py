@@ -62,7 +62,7 @@ class FirstStepCheck(Callback):
         if self._done or self._batch is None:
             return
         batch, self._batch = self._batch, None
-        if pl_module.device_mesh is not None:  # each process has but its share of the gradients
+        if cast("MultiModalLitModule", pl_module).is_spread:  # each process has but its share of the gradients
             self._done = True
             return
         module = cast("MultiModalLitModule", pl_module)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import lightning as L
+from torch import Tensor
 
 from datamodules.batch import Batch
 from lightning_modules.epoch_means import EpochMeans, RowValues
@@ -45,6 +46,11 @@ class MeasuringLitModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Logs what was measured."""
         self._log_means("test")
+
+    def log_step(self, loss: Tensor | None) -> None:
+        """Logs the mean loss of an optimizer step; None: there is none."""
+        if loss is not None:
+            self.log("train/loss", loss, prog_bar=True)
 
     def complete(self, means: dict[str, float]) -> dict[str, float]:
         """The means of an evaluation or of a step, and what follows from them; a subclass may add to them."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -21,11 +21,12 @@ from lightning_modules.answer_metrics import answer_values, media_gains
 from lightning_modules.feature_cache import report, share_features
 from lightning_modules.losses import AnswerScores, cross_entropy, score_answers, supervised, supervised_rows
 from lightning_modules.measuring import Stage
-from lightning_modules.optim import WarmupCosine, parameter_groups
+from lightning_modules.non_finite import OnNonFinite
+from lightning_modules.optim import WarmupCosine, parameter_groups, scheduled
 from lightning_modules.processors import make_processor
 from lightning_modules.run_state import StepStart, add_place, check_processor, set_rng_state, take_place
 from lightning_modules.spread import SpreadLitModule
-from lightning_modules.step_loss import OnNonFinite, StepLoss
+from lightning_modules.step_loss import StepLoss
 from models.checkpoint import check_options, fingerprints, load_saved, saved_names, start_from
 from models.fusion import Fusion
 from models.language import Generation, LanguageModel
@@ -159,8 +160,7 @@ class MultiModalLitModule(SpreadLitModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """One training batch: its summed loss. Lightning leaves a batch without a loss out."""
-        shares = self._step_loss.shares(batch, self.trainer)
-        batch = self.meet(batch)
+        shares, batch = self._step_loss.shares(batch, self.trainer), self.meet(batch)
         total = self._step_loss.add(self.step(batch, "train"), shares, None if self.is_lent else batch["examples"])
         return self.offer_all(total, batch)
 
@@ -171,8 +171,14 @@ class MultiModalLitModule(SpreadLitModule):
             ValueError: The loss or a gradient is not finite, and `on_non_finite` is `stop`.
         """
         super().on_before_optimizer_step(optimizer)
-        if (loss := self._step_loss.divide(self.trainer, self.parameters())) is not None:
-            self.log("train/loss", loss, prog_bar=True)
+        if self.zero is None:
+            self.log_step(self._step_loss.divide(self.trainer, self.parameters()))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Makes a step, after which an engine says whether its gradients were finite."""
+        super().optimizer_step(*args, **kwargs)
+        if self.zero is not None:
+            self.log_step(self._step_loss.end(self.trainer, self.zero.was_step_applied))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """One validation batch."""
@@ -218,20 +224,13 @@ class MultiModalLitModule(SpreadLitModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over what trains, in groups by part, and the scheduler."""
-        groups = parameter_groups(self.parts())
-        optimizer = self.optimizer(groups)
+        optimizer = self.optimizer(parameter_groups(self.parts()))
         if self.lr_scheduler is not None:
-            chosen = self.lr_scheduler(optimizer)
-            if isinstance(chosen, ReduceLROnPlateau):
-                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": chosen, "monitor": chosen.monitor}}
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": chosen, "interval": self.lr_scheduler_interval}}
+            return scheduled(optimizer, self.lr_scheduler(optimizer), self.lr_scheduler_interval)
         total_steps = self.trainer.estimated_stepping_batches
         if total_steps == float("inf"):
-            raise ValueError(
-                "the cosine schedule needs an end: set trainer.max_steps or trainer.max_epochs, or model.lr_scheduler"
-            )
-        scheduler = WarmupCosine(optimizer, int(total_steps), round(total_steps * self.warmup_ratio))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+            raise ValueError("the cosine schedule needs an end: set trainer.max_steps, trainer.max_epochs or model.lr_scheduler")
+        return scheduled(optimizer, WarmupCosine(optimizer, int(total_steps), round(total_steps * self.warmup_ratio)), "step")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what cannot be read again from elsewhere, and adds how to make the model and the state of the generators."""

@@ -5,13 +5,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from encoders.base import Part
+
+NO_DECAY = "/no_decay"
+"""Ends the names of groups whose weights do not decay."""
 
 
 def parameter_groups(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
@@ -43,7 +48,7 @@ def parameter_groups(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
         if decay:
             groups.append({"name": name, "params": decay, **own})
         if no_decay:
-            groups.append({"name": f"{name}/no_decay", "params": no_decay, "weight_decay": 0.0, **own})
+            groups.append({"name": f"{name}{NO_DECAY}", "params": no_decay, "weight_decay": 0.0, **own})
     if not groups:
         raise ValueError(
             f"nothing to train: every part is frozen ({', '.join(parts) or 'there are no parts'}). "
@@ -63,6 +68,13 @@ def clip_gradients(module: LightningModule, optimizer: Optimizer, value: float |
         Precision.clip_gradients(plugin, optimizer, value, GradClipAlgorithmType(algorithm or "norm"))
     else:
         module.clip_gradients(optimizer, value, algorithm)
+
+
+def scheduled(optimizer: Optimizer, scheduler: Any, interval: str) -> OptimizerLRScheduler:
+    """An optimizer and its scheduler, as Lightning takes the two."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
 
 class WarmupCosine(LRScheduler):

@@ -59,7 +59,7 @@ class RewardLitModule(PreferenceLitModule):
         return replace(super().answer_form, scores_answers=True, takes_margin=self.margin_weight != 0)
 
     def build_model(self) -> None:
-        if self.device_mesh is not None:
+        if self.is_spread:
             raise ValueError(
                 "trainer.strategy would shard or split the model, which a reward model does not support: take "
                 "configs/strategy/ddp.yaml"

@@ -11,20 +11,23 @@ from datamodules.batch import Batch
 from lightning_modules.idle_parts import touch_idle_parts, used_parts
 from lightning_modules.measuring import MeasuringLitModule
 from lightning_modules.optim import clip_gradients
+from lightning_modules.zero import ZeroStrategy
 from models.multimodal import MultiModalModel
-from models.parallel import add_up_own_heads, gather, is_sharded, parallelize
+from models.parallel import LastGradients, add_up_own_heads, check_not_quantised, gather, is_sharded, parallelize
 from models.spread import clip_norm, local
 
 _REFUSED = {
-    DeepSpeedStrategy: "its engine keeps the gradients to itself, so that a step is not divided by its tokens, and one that is "
-    "not finite is not left out; and its checkpoints are pickles, which only as many processes read",
-    FSDPStrategy: "it does not clip gradients by their norm, and its processes wait in vain for one whose rows have other media",
+    DeepSpeedStrategy: "its steps are not divided by their tokens, and its checkpoints are pickles, which only as many processes "
+    "read. Take configs/strategy/deepspeed_zero2.yaml, or",
+    FSDPStrategy: "it does not clip gradients by their norm, and its processes wait in vain for one whose rows have other media. "
+    "Take",
 }
 """Strategies that change what a step is, and how."""
 
 
 class SpreadLitModule(MeasuringLitModule):
-    """A module whose model may be sharded or split (`models.parallel`), as `ShardedStrategy` says.
+    """A module whose model may be sharded or split (`models.parallel`), as `ShardedStrategy` says, or trained by an engine that
+    keeps gradients and the optimizer's state in shares (`ZeroStrategy`).
 
     Where layers are sharded a process takes part in the gathering of each layer, so all must run them equally often, whatever
     rows each of them has: `meet` and `agree` see to that.
@@ -35,6 +38,18 @@ class SpreadLitModule(MeasuringLitModule):
     def __init__(self) -> None:
         super().__init__()
         self._used: set[str] = set()
+        self._last_gradients: LastGradients | None = None
+
+    @property
+    def zero(self) -> ZeroStrategy | None:
+        """The strategy, where it is one by which DeepSpeed's engine has the gradients."""
+        strategy = None if self._trainer is None else self._trainer.strategy
+        return strategy if isinstance(strategy, ZeroStrategy) else None
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether a process has but a share of what trains, or of its gradients."""
+        return self.device_mesh is not None or self.zero is not None
 
     def configure_model(self) -> None:
         """Makes the weights, once, and spreads them over the devices as the strategy wants.
@@ -45,18 +60,22 @@ class SpreadLitModule(MeasuringLitModule):
         if self.model.is_built:
             return
         for kind, why in _REFUSED.items():
-            if self._trainer is not None and isinstance(self._trainer.strategy, kind):
+            if self._trainer is not None and isinstance(self._trainer.strategy, kind) and not self.zero:
                 raise ValueError(
-                    f"trainer.strategy is {type(self._trainer.strategy).__name__}, which is not supported: {why}. Take "
-                    "configs/strategy/fsdp.yaml, which shards weights, gradients and the state of the optimizer too (as ZeRO-3)"
+                    f"trainer.strategy is {type(self._trainer.strategy).__name__}, which is not supported: {why} "
+                    "configs/strategy/fsdp.yaml, which shards weights, gradients and the state of the optimizer (as ZeRO-3)"
                 )
-        if self.device_mesh is None:
+        if not self.is_spread:
             self.build_model()
             return
         torch.set_rng_state(self.trainer.strategy.broadcast(torch.get_rng_state()))  # each draws what the first one draws
         self.build_model()
         _ = self.model.language_model.takes_branches  # is tried out, while the weights are whole
-        parallelize(self.model, self.device_mesh)
+        if self.device_mesh is not None:
+            parallelize(self.model, self.device_mesh)
+        elif self.trainer.training:
+            check_not_quantised(self.model)
+            self._last_gradients = LastGradients(self.model)
 
     @abstractmethod
     def build_model(self) -> None:
@@ -67,7 +86,9 @@ class SpreadLitModule(MeasuringLitModule):
 
         Rows are missing where they were skipped, or where an epoch ends. If no process has any, the batch stays without.
         """
-        if not is_sharded(self.model):
+        if self._last_gradients is not None and self.trainer.training:
+            self._last_gradients.begin()
+        elif not is_sharded(self.model):
             return batch
         gather(self.model)
         strategy, rank = self.trainer.strategy, self.global_rank
@@ -91,9 +112,12 @@ class SpreadLitModule(MeasuringLitModule):
             self._used |= used_parts(self.model, batch)
         if self.device_mesh is not None:
             total = torch.zeros((), device=self.device, requires_grad=True) if total is None else total
+        elif self._last_gradients is not None:
+            self._last_gradients.end()
+            total = touch_idle_parts(None, self.model, batch) if total is None else total
         elif self.trainer.world_size > 1:
             total = touch_idle_parts(total, self.model, batch)
-        # Lightning divides by the number of batches of a step; `on_before_optimizer_step` divides by that of tokens
+        # Lightning divides by the number of batches of a step; what divides by that of tokens is `StepLoss`
         return None if total is None else total * self.trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -101,13 +125,16 @@ class SpreadLitModule(MeasuringLitModule):
 
         To an optimizer with a memory a gradient of 0 is not the same as none.
         """
-        if self.trainer.world_size > 1:
+        if self.trainer.world_size > 1 or self.zero is not None:
             parts, used, self._used = self.model.parts(), self._used, set()
             own = torch.tensor([name in used for name in parts], dtype=torch.int32, device=self.trainer.strategy.root_device)
-            for part, number in zip(parts.values(), self.trainer.strategy.reduce(own, reduce_op="sum").tolist(), strict=True):
-                if not number:
-                    for _, weight in part.own_named_parameters():
-                        weight.grad = None
+            numbers = self.trainer.strategy.reduce(own, reduce_op="sum").tolist()
+            idle = {name for name, number in zip(parts, numbers, strict=True) if not number}
+            if self.zero is not None:
+                self.zero.leave_out(idle)
+            for name in idle:
+                for _, weight in parts[name].own_named_parameters():
+                    weight.grad = None
         if self.device_mesh is not None:
             add_up_own_heads(self.model.language_model, self.device_mesh)
 

@@ -5,25 +5,19 @@ Shape suffixes: K terms of a loss, 2 sum and count.
 
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from datamodules.batch import Batch
 from datamodules.collate import collate
 from datamodules.loading import RowDataModule
 from datamodules.step_counts import Counts
-from lightning_modules.checkpoints import save_together
-from lightning_modules.run_folder import CONFIG, run_folder
+from lightning_modules.non_finite import NonFiniteSteps, OnNonFinite
+from lightning_modules.zero import ZeroStrategy
 from models.spread import local
-
-OnNonFinite = Literal["stop", "skip"]
-_MOST_DUMPS = 3
-_MOST_IN_A_ROW = 10
 
 
 class StepLoss:
@@ -33,17 +27,18 @@ class StepLoss:
     tokens of short answers weigh more. Instead each micro-batch goes backward with its sum, and the gradients are divided
     by the step's count before they are clipped: 8 x 1 = 1 x 8, up to rounding.
 
-    The terms of a loss may count different things (pairs, and tokens of chosen answers). Then one division does not serve, and
-    each batch goes backward with the share of each term in the mean of the step, for which the data side counts ahead.
+    Where that does not serve, each batch goes backward with its share in the mean of the step, for which the data side counts
+    ahead: where the terms of a loss count different things (pairs, and tokens of chosen answers), and where an engine keeps the
+    gradients to itself (`ZeroStrategy`).
 
     Args:
         on_non_finite: What to do with a step whose loss or gradients are not finite: no weight changes in any case.
     """
 
     def __init__(self, on_non_finite: OnNonFinite = "stop") -> None:
-        self.on_non_finite = on_non_finite
+        self.non_finite = NonFiniteSteps(on_non_finite)
         self._num_terms = 1
-        self._num_dumps = self._in_a_row = 0
+        self._of_engine = False
         self.reset()
 
     def prepare(self, trainer: Trainer, counts: Counts) -> None:
@@ -57,27 +52,35 @@ class StepLoss:
             ValueError: The data module cannot.
         """
         self._num_terms = len(counts(collate([], pad_id=0)))
-        if self._num_terms == 1 or not trainer.training:
+        self._of_engine = isinstance(trainer.strategy, ZeroStrategy)
+        if not trainer.training or not self._counts_ahead:
             return
         datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
         if not isinstance(datamodule, RowDataModule):
+            why = f"the loss has {self._num_terms} terms with counts of their own"
+            why = "trainer.strategy is ZeroStrategy" if self._of_engine else why
             raise ValueError(
-                f"the loss has {self._num_terms} terms with counts of their own, for which the data must count ahead: take a "
-                f"data module of datamodules, or a subclass of RowDataModule, got {type(datamodule).__name__}"
+                f"{why}, for which the data must count ahead: take a data module of datamodules, or a subclass of RowDataModule, "
+                f"got {type(datamodule).__name__}"
             )
         datamodule.step_counts = counts
 
     def shares(self, batch: Batch, trainer: Trainer) -> Tensor:
         """The factor of each term's sum in a batch, so that dividing by the first count of the step gives each its mean: share_K.
 
-        The processes must meet here, where there are several terms. Weights that `model.reward_criteria` give to pairs are not
-        known ahead: where their mean in a step is m, the terms after the first are divided by m.
+        Under an engine, which averages over processes, it gives each its mean without a division. The processes must meet here,
+        where the data side counts ahead. Weights that `model.reward_criteria` give to pairs are not known then: where their mean
+        in a step is m, the terms after the first are divided by m.
         """
-        if self._num_terms == 1:
+        if not self._counts_ahead:
             return torch.ones((), device=trainer.strategy.root_device)
         own_K = batch["step_counts"].expand(self._num_terms).to(trainer.strategy.root_device, copy=True)
         counts_K = trainer.strategy.reduce(own_K, reduce_op="sum")
-        return torch.where(counts_K > 0, counts_K[0] / counts_K, 0.0)
+        return torch.where(counts_K > 0, (trainer.world_size if self._of_engine else counts_K[0]) / counts_K, 0.0)
+
+    @property
+    def _counts_ahead(self) -> bool:
+        return self._of_engine or self._num_terms > 1
 
     def reset(self) -> None:
         """Begins a new step."""
@@ -102,6 +105,8 @@ class StepLoss:
             return 0 * total
         self._sums.append(torch.stack([x.detach().reshape(-1).to(total.device, torch.float32) for x in result]))
         self._rows.append(rows)
+        if self._of_engine:  # it leaves a step out for its gradients alone
+            total = total * torch.where(torch.isfinite(total.detach()), 1.0, math.nan)
         return total
 
     def divide(self, trainer: Trainer, parameters: Iterable[nn.Parameter]) -> Tensor | None:
@@ -119,69 +124,52 @@ class StepLoss:
         """
         trained = [parameter for parameter in parameters if parameter.grad is not None]
         gradients = [local(parameter.grad) for parameter in trained if parameter.grad is not None]
+        ended = self._end(trainer, _num_broken(gradients))
+        if ended is None:
+            for parameter in trained:
+                parameter.grad = None
+        elif ended[1]:
+            torch._foreach_mul_(gradients, trainer.world_size / ended[1])
+        return ended[0] if ended is not None and ended[1] else None
+
+    def end(self, trainer: Trainer, was_applied: bool) -> Tensor | None:
+        """Ends a step that an engine has made, or left out, and begins a new one.
+
+        Args:
+            trainer: The trainer whose processes take part.
+            was_applied: Whether the gradients were finite.
+
+        Returns:
+            As `divide`.
+
+        Raises:
+            ValueError: The same.
+        """
+        ended = self._end(trainer, torch.tensor([float(not was_applied)]))
+        return ended[0] if ended is not None and ended[1] else None
+
+    def _end(self, trainer: Trainer, num_broken: Tensor) -> tuple[Tensor, float] | None:
+        """The mean loss of the step and its first count, over all processes; None: it is not finite, and left out."""
         nothing = torch.zeros(2, self._num_terms, device=trainer.strategy.root_device)
         sums = torch.stack([nothing, *self._sums]).sum(0).flatten()
         # the gradients of float16 overflow now and then: its scaler sees that, and leaves the step out
-        broken = sums.new_zeros(1) if trainer.precision == "16-mixed" else _num_broken(gradients).to(sums)
+        broken = sums.new_zeros(1) if trainer.precision == "16-mixed" else num_broken.to(sums)
         # one exchange, and one look at the device, for the whole step
-        *numbers, num_broken = trainer.strategy.reduce(torch.cat([sums, broken]), reduce_op="sum").tolist()
+        *numbers, in_gradients = trainer.strategy.reduce(torch.cat([sums, broken]), reduce_op="sum").tolist()
         totals, counts = numbers[: self._num_terms], numbers[self._num_terms :]
         loss = sum(total / (count or 1.0) for total, count in zip(totals, counts, strict=True))
-        is_finite = math.isfinite(loss) and not num_broken
+        is_finite = math.isfinite(loss) and not in_gradients
         if not is_finite:
-            self._refuse(trainer, loss, num_broken > 0)
-            for parameter in trained:
-                parameter.grad = None
+            pairs = zip(self._rows, self._sums, strict=True)
+            of_loss = [rows for rows, sums in pairs if not bool(torch.isfinite(sums[0]).all())]
+            self.non_finite.refuse(trainer, loss, in_gradients > 0, sum(of_loss, []), sum(self._rows, []))
+        elif counts[0]:
+            self.non_finite.passed()
         self.reset()
-        if not is_finite or counts[0] == 0:
-            return None
-        self._in_a_row = 0
-        torch._foreach_mul_(gradients, trainer.world_size / counts[0])
-        return sums.new_tensor(loss)
-
-    def _refuse(self, trainer: Trainer, loss: float, in_gradients: bool) -> None:
-        """Names the rows, keeps what it takes to do the step again, and stops the run where it is not to go on."""
-        step, self._in_a_row = trainer.global_step, self._in_a_row + 1
-        broken = [rows for rows, sums in zip(self._rows, self._sums, strict=True) if not bool(torch.isfinite(sums[0]).all())]
-        names: list[Any] = [_names(sum(broken, [])), _names(sum(self._rows, []))]
-        if trainer.world_size > 1:
-            of_all: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(of_all, names)
-            names = [sum(column, []) for column in zip(*of_all, strict=True)]
-        rows = names[0] or names[1]  # a gradient alone may be of any row of the step
-        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        what = "the gradient" if math.isfinite(loss) and in_gradients else "the loss"
-        told = f"{what} of step {step:,} is not finite (loss {loss}; rows {shown or 'none'}). No weight has changed"
-        if self._num_dumps < _MOST_DUMPS:
-            self._num_dumps += 1
-            told += _keep(trainer, run_folder(trainer) / "non_finite" / f"step={step}.ckpt")
-        if self.on_non_finite == "stop" or self._in_a_row >= _MOST_IN_A_ROW:
-            in_a_row = f"{self._in_a_row} steps in a row; " if self.on_non_finite == "skip" else ""
-            raise ValueError(
-                f"{in_a_row}{told}. Lower the learning rate, clip gradients with trainer.gradient_clip_val, avoid 16-mixed and "
-                "16-true, look at these rows, or set model.on_non_finite to skip to leave such steps out"
-            )
-        rank_zero_warn(f"{told}. The step is left out, since model.on_non_finite is skip")
+        return (sums.new_tensor(loss), counts[0]) if is_finite else None
 
 
 def _num_broken(gradients: Sequence[Tensor]) -> Tensor:
     """1 where a gradient, or the shard of it that is here, is not finite, otherwise 0, as a tensor of one element."""
     largest = nn.utils.get_total_norm([gradient for gradient in gradients if gradient.numel()], norm_type=math.inf)
     return (~torch.isfinite(largest)).reshape(1)
-
-
-def _names(rows: Iterable[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(f"{row['file']}:{row['line']}" for row in rows))
-
-
-def _keep(trainer: Trainer, path: Path) -> str:
-    """Saves a checkpoint that stands before the step at hand, and says how to do the step again."""
-    try:
-        save_together(trainer, path)
-    except ValueError as error:
-        return f", but a checkpoint to do it again from cannot be kept: {error}"
-    folder = run_folder(trainer)
-    return (
-        f". To do the step again: python train.py fit --config {folder / CONFIG} --ckpt_path {path} --trainer.default_root_dir "
-        f"{folder / 'non_finite' / 'again'} --trainer.max_steps {trainer.global_step + 1} --trainer.detect_anomaly true"
-    )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from lightning_modules.strategies import ShardedStrategy
 from models.parallel import check_not_quantised, tensor_plan
@@ -61,7 +61,7 @@ def placement_of(trainer: Namespace, world_size: int | None = None) -> Placement
     if name == "auto" or name.startswith("ddp"):
         return Placement(world_size, has_buckets=world_size > 1)
     cls: Any = pydoc.locate(name) or pydoc.locate(f"lightning.pytorch.strategies.{name}")
-    if isinstance(cls, type) and issubclass(cls, DDPStrategy):
+    if isinstance(cls, type) and issubclass(cls, DDPStrategy) and not issubclass(cls, DeepSpeedStrategy):
         has_view = bool(options and options.get("gradient_as_bucket_view"))
         return Placement(world_size, has_buckets=world_size > 1 and not has_view)
     if isinstance(cls, type) and issubclass(cls, ShardedStrategy):
@@ -70,7 +70,7 @@ def placement_of(trainer: Namespace, world_size: int | None = None) -> Placement
         return Placement()
     raise ValueError(
         f"trainer.strategy is {name}, of which plan does not know what it keeps where: it knows those of configs/strategy (DDP, "
-        "FSDP2, tensor parallelism) and one device"
+        "FSDP2, tensor parallelism; not DeepSpeed) and one device"
     )
 
 

@@ -141,8 +141,11 @@ def test_a_recipe_can_be_instantiated_without_network_weights_or_data(path: Path
     assert not list(cli.model.parameters())
 
 
+OFFLOAD = {"device": "cpu", "nvme_path": "/local_nvme", "buffer_count": 4, "pin_memory": True}
 STRATEGIES = {
     "ddp": ("DDPStrategy", {}),
+    "deepspeed_zero2": ("ZeroStrategy", {"stage": 2}),
+    "deepspeed_zero2_offload": ("ZeroStrategy", {"stage": 2, "offload_optimizer": OFFLOAD}),
     "fsdp": ("ShardedStrategy", {"_data_parallel_size": "auto", "_tensor_parallel_size": 1}),
     "tp": ("ShardedStrategy", {"_data_parallel_size": 1, "_tensor_parallel_size": "auto"}),
     "fsdp_tp": ("ShardedStrategy", {"_data_parallel_size": "auto", "_tensor_parallel_size": "auto"}),
@@ -155,6 +158,8 @@ def test_a_strategy_is_made_as_it_says(name: str, monkeypatch: pytest.MonkeyPatc
     from lightning_modules.cli import OmniLitCLI
     from lightning_modules.multimodal import MultiModalLitModule
 
+    if name.startswith("deepspeed"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install -r requirements-deepspeed.txt")
     monkeypatch.chdir(ROOT)
     configs = ["--config", "configs/sft/tiny.yaml", "--config", f"configs/strategy/{name}.yaml"]
     kinds: dict[str, Any] = {
@@ -168,7 +173,8 @@ def test_a_strategy_is_made_as_it_says(name: str, monkeypatch: pytest.MonkeyPatc
     expected, options = STRATEGIES[name]
     strategy = cli.trainer.strategy
     assert type(strategy).__name__ == expected
-    assert {option: vars(strategy)[option] for option in options} == options
+    own = vars(strategy) | (strategy.config["zero_optimization"] if name.startswith("deepspeed") else {})
+    assert {option: own[option] for option in options} == options
 
 
 @pytest.mark.slow

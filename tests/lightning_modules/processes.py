@@ -5,15 +5,45 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+if TYPE_CHECKING:
+    from lightning_modules.zero import ZeroStrategy
 
 MakeStrategy = Callable[[timedelta], Strategy]
 
 
 def ddp(timeout: timedelta) -> Strategy:
     return DDPStrategy(process_group_backend="gloo", timeout=timeout)
+
+
+def zero(timeout: timedelta, **options: Any) -> "ZeroStrategy":
+    """The product's strategy, which takes GPUs alone, on the CPU: what it does differently concerns the device."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported
+    import deepspeed
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    from lightning_modules.zero import ZeroStrategy
+
+    class OnCPU(ZeroStrategy):
+        @property
+        def root_device(self) -> torch.device:
+            return torch.device("cpu", 0)  # the engine wants a number
+
+        def setup_environment(self) -> None:
+            DDPStrategy.setup_environment(self)  # without the check for GPUs
+
+        def setup_distributed(self) -> None:
+            deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False  # else it compiles for a minute
+            reset_seed()
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+
+    return OnCPU(process_group_backend="gloo", timeout=timeout, reduce_bucket_size=1000, **options)
 
 
 def in_two_processes(
