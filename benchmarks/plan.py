@@ -4,9 +4,9 @@
 
 Models of 10 to 20 million weights train for two steps on a CPU, with one thread, each in a process of its own, with Lightning's
 Trainer, as `fit` does. Measured is the operating system's own count: the largest resident set (VmHWM) less that before the model
-was built, in a process that has trained one step of one row before; every large block is mapped for itself, so that what is freed
-is given back. Predicted is what `plan` says of the same module, data and trainer: it reads no weights, decodes nothing, and knows
-nothing of the measurement. `max_error` is the largest |predicted / measured - 1|.
+was built, in a process that has trained one step of one row before, and has given back what that freed; every large block is
+mapped for itself. Predicted is what `plan` says of the same module, data and trainer: it reads no weights, decodes nothing, and
+knows nothing of the measurement. `max_error` is the largest |predicted / measured - 1|.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch makes its threads
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from bitsandbytes.optim import AdamW8bit
 from jsonargparse import Namespace
 from PIL import Image
+from torch.optim import SGD, AdamW, Optimizer
 
+from benchmarks.shared.llava_shape import TARGETS, write_weights
 from datamodules.batching import Batching
 from datamodules.image import ImageDataModule
 from encoders.image import HFVisionEncoder
@@ -40,6 +44,7 @@ from lightning_modules.dpo import DPOLitModule
 from lightning_modules.multimodal import MultiModalLitModule
 from models.cross_attention import GatedCrossAttentionFusion
 from models.language import LanguageModel
+from models.pretrained import PretrainedMLLM
 from planning.devices import find_device
 from planning.placement import placement_of
 from planning.run import Run, plan_run
@@ -47,40 +52,8 @@ from planning.run import Run, plan_run
 MIB = 2**20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3): from so many bytes on a block is mapped for itself, and what is free at the end of the heap is given back."""
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA = Tune(mode="lora", lora=LoRA(r=16, target_modules=TARGETS))
 NUM_ROWS, NUM_TOKENS = 12, 480
-
-
-def write_models(folder: Path) -> None:
-    """A language model and a vision tower, with random weights, and a tokenizer of letters."""
-    import transformers as hf
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
-    text = hf.LlamaConfig(
-        vocab_size=8192,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    vision = hf.CLIPVisionConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=224, patch_size=14
-    )
-    torch.manual_seed(20)
-    hf.LlamaForCausalLM(text).save_pretrained(folder / "language")
-    hf.CLIPVisionModel(vision).save_pretrained(folder / "vision")
-    words = {"<eos>": 0, "<unk>": 1, **{chr(code): code - 30 for code in range(32, 127)}}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
-    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}<eos>{% endfor %}"
-    tokenizer.save_pretrained(folder / "language")
 
 
 def write_rows(folder: Path) -> None:
@@ -130,15 +103,22 @@ def cases(folder: Path) -> dict[str, Case]:
         tower: Tune | None = None,
         kind: type[MultiModalLitModule] = MultiModalLitModule,
         gated: bool = False,
+        optimizer: Callable[..., Optimizer] = AdamW,
         **options: Any,
     ) -> Callable[[], MultiModalLitModule]:
         def make() -> MultiModalLitModule:
             fusion = GatedCrossAttentionFusion() if gated else None
             language_model = LanguageModel(name_or_path=str(folder / "language"), tune=tune, **options)
             if tower is None:
-                return kind(language_model)
+                return kind(language_model, optimizer=optimizer)
             encoder = HFVisionEncoder(name_or_path=str(folder / "vision"), layer=-2, tune=tower)
             return kind(language_model, image_encoder=encoder, image_projector=MLPProjector(), fusion=fusion)
+
+        return make
+
+    def ready(tune: Tune, vision_tune: Tune) -> Callable[[], MultiModalLitModule]:
+        def make() -> MultiModalLitModule:
+            return MultiModalLitModule(PretrainedMLLM(name_or_path=str(folder / "llava"), tune=tune, vision_tune=vision_tune))
 
         return make
 
@@ -147,6 +127,8 @@ def cases(folder: Path) -> dict[str, Case]:
     return {
         "full": Case(module(full)),
         "full, accumulated": Case(module(full), data={"batch_size": 2}, trainer={"accumulate_grad_batches": 2}),
+        "full, SGD with momentum": Case(module(full, optimizer=partial(SGD, lr=1e-3, momentum=0.9))),
+        "full, AdamW of 8 bits": Case(module(full, optimizer=AdamW8bit)),
         "LoRA": Case(module(LORA)),
         "LoRA, packed": Case(module(LORA), data=packed),
         "LoRA, recomputed": Case(module(recomputed), data={"batch_size": 12}),
@@ -155,6 +137,8 @@ def cases(folder: Path) -> dict[str, Case]:
         "pictures, frozen tower": Case(module(LORA, frozen), "pictures"),
         "pictures, tower trains": Case(module(LORA, full), "pictures"),
         "pictures, gated fusion": Case(module(LORA, frozen, gated=True), "pictures"),
+        "ready model": Case(ready(LORA, frozen), "pictures"),
+        "ready model, tower trains": Case(ready(LORA, full), "pictures"),
         "pictures, DPO": Case(module(LORA, frozen, DPOLitModule), "pictures", {"batch_size": 2}),
     }
 
@@ -181,9 +165,6 @@ def compare(case: Case, folder: Path) -> tuple[float, float]:
 def _compare(case: Case, folder: Path, sender: Any) -> None:
     from lightning.pytorch import Trainer
 
-    for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-        ctypes.CDLL(None).mallopt(parameter, 65_536)
-
     def fit(case: Case, max_steps: int) -> None:
         module = case.module()
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
@@ -193,6 +174,7 @@ def _compare(case: Case, folder: Path, sender: Any) -> None:
     predicted = predict(case, folder)
     fit(replace(case, data=case.data | {"batch_size": 1}, trainer={}), 1)  # imports, and what libraries keep for good
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew (proc(5))
     before = _status("VmRSS")
     fit(case, 2)
@@ -209,20 +191,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="cases whose name has this in it")
     args = parser.parse_args()
+    for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        ctypes.CDLL(None).mallopt(parameter, 65_536)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-        write_models(folder)
+        write_weights(folder, vocabulary=8192, width=384, num_layers=6, vision_width=256)
         write_rows(folder)
         chosen = {name: case for name, case in cases(folder).items() if not args.only or args.only in name}
-        print(f"{'MiB':<24} {'predicted':>10} {'measured':>10} {'error':>8}")
+        print(f"{'MiB':<26} {'predicted':>10} {'measured':>10} {'error':>8}")
         for name, case in chosen.items():
             predicted, measured = compare(case, folder)
             figures[name] = predicted / measured - 1
-            print(f"{name:<24} {predicted:>10.0f} {measured:>10.0f} {100 * figures[name]:>+7.1f} %", flush=True)
+            print(f"{name:<26} {predicted:>10.0f} {measured:>10.0f} {100 * figures[name]:>+7.1f} %", flush=True)
     print(json.dumps({"max_error": round(max(map(abs, figures.values())), 3), "cases": len(figures)}))
 
 

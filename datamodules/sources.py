@@ -185,12 +185,12 @@ def _locate(source: str, media_root: MediaRoot) -> tuple[Path, os.stat_result]:
     if Path(source).is_absolute():
         raise MediaError(f"{name} is an absolute path: give the path below media_root = {root}")
     try:
-        path = (root / source).resolve()
+        path = Path(os.path.realpath(f"{root}/{source}"))  # `Path.resolve` would look at the file once more
         inside = path.is_relative_to(root)
         status = path.stat() if inside else None
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MediaError(f"{name} does not exist: looked for {path}{_other_suffix(path)}") from error
-    except (OSError, RuntimeError, ValueError) as error:  # too long, no permission; a loop of symlinks; a NUL
+    except (OSError, ValueError) as error:  # too long, no permission, a loop of symlinks; a NUL
         raise MediaError(f"{name!r} cannot be used as a path below media_root = {root}: {error}") from error
     if status is None:
         raise MediaError(f"{name} leads out of media_root = {root} (to {path}): put the file, or media_root, elsewhere")

@@ -6,7 +6,7 @@ L features of a window, B sounds, M features of a sound, D width. Steps of mel f
 
 from abc import abstractmethod
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from encoders.audio_transforms import LogMel, Samples
 from encoders.base import DTYPES, DType, Encoder, MediaShape
+from encoders.stored import compute_wide, input_type
 from encoders.tuning import Tune
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class AudioEncoder(Encoder):
         stack: Neighbouring features that are joined into one wide feature, so that a sound takes fewer tokens; the last one is
             filled with zeros.
         dtype: Type of the frozen weights; what trains is float32.
+        compute_dtype: `float32` computes in it with frozen weights of linear layers that stay in `dtype`, each widened while it
+            is used: the features of `dtype float32` in half of its memory, of a checkpoint that is bfloat16.
         tune: What of the encoder is trained.
 
     Raises:
@@ -50,6 +53,7 @@ class AudioEncoder(Encoder):
         layer: int | None = None,
         stack: int = 1,
         dtype: DType = "float32",
+        compute_dtype: Literal["float32"] | None = None,
         tune: Tune = _FROZEN,
     ) -> None:
         super().__init__(tune)
@@ -62,6 +66,7 @@ class AudioEncoder(Encoder):
         self.layer = layer
         self.stack = stack
         self.dtype = torch.float32 if tune.mode == "full" else DTYPES[dtype]  # a detour by bfloat16 would round the weights
+        self.compute_dtype = compute_dtype
 
     @cached_property
     @abstractmethod
@@ -99,11 +104,13 @@ class AudioEncoder(Encoder):
 
     def build(self) -> None:
         self.model = self._load().to(self.dtype)
+        if self.compute_dtype is not None:
+            compute_wide(self.model, [nn.Linear])  # the vectors of positions are few, and not always looked up
         self.apply_tune(self.model)
 
     def forward(self, media: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Encodes a batch of sounds, as `transform` gives them: mel_NTM or samples_NT, with mask_NT where some are padded."""
-        media = media.to(next(self.model.parameters()).dtype)
+        media = media.to(input_type(self.model))
         if mask is None and media.shape[1] <= self.transform.window:
             features_BMD, mask_BM = self._run(self.model, media, None), None
         else:

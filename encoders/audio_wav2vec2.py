@@ -82,6 +82,11 @@ class Wav2Vec2Encoder(AudioEncoder):
                 "WavLM's attention takes the weights of its projections without calling them, so that adapters on them would do "
                 "nothing: set lora.target_modules of the audio encoder to intermediate_dense and output_dense"
             )
+        if self._config.model_type == "wavlm" and self.compute_dtype is not None and self.dtype != torch.float32:
+            raise ValueError(
+                "WavLM's attention takes the weights of its projections without calling them, so that nothing could widen them: "
+                "set compute_dtype of the audio encoder to null"
+            )
         super().build()
 
     def _load(self) -> nn.Module:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoders.base import DTYPES, DType, Encoder, MediaShape, one_line
+from encoders.stored import compute_wide, input_type
 from encoders.transforms import ImageTransform, Resize
 from encoders.tuning import Tune
 
@@ -54,6 +55,8 @@ class ImageEncoder(Encoder):
         image_size: Edge of the square pictures in pixels, instead of the model's own; positions are interpolated.
         pool: Average the patches over blocks of `pool` × `pool`: 2 leaves a quarter of the tokens.
         dtype: Type of the frozen weights; what trains is float32.
+        compute_dtype: `float32` computes in it with frozen weights of linear layers that stay in `dtype`, each widened while it
+            is used: the features of `dtype float32` in half of its memory, of a checkpoint that is bfloat16.
         tune: What of the encoder is trained.
 
     Raises:
@@ -68,6 +71,7 @@ class ImageEncoder(Encoder):
         image_size: int | None = None,
         pool: int = 1,
         dtype: DType = "float32",
+        compute_dtype: Literal["float32"] | None = None,
         tune: Tune = _FROZEN,
     ) -> None:
         super().__init__(tune)
@@ -83,6 +87,7 @@ class ImageEncoder(Encoder):
         self.image_size = image_size
         self.pool = pool
         self.dtype = torch.float32 if tune.mode == "full" else DTYPES[dtype]  # a detour by bfloat16 would round the weights
+        self.compute_dtype = compute_dtype
 
     @cached_property
     @abstractmethod
@@ -115,6 +120,8 @@ class ImageEncoder(Encoder):
             parameters = {f"{name}.{parameter}" for parameter, _ in child.named_parameters()}
             if parameters and parameters <= unused and not isinstance(child, nn.ModuleList):  # a list is iterated, not called
                 self.model.set_submodule(name, nn.Identity())
+        if self.compute_dtype is not None:
+            compute_wide(self.model, [nn.Linear])  # the vectors of positions are few, and not always looked up
         self.apply_tune(self.model)
         for name, parameter in self.model.named_parameters():
             if name in unused:  # it would never get a gradient, which DDP refuses
@@ -123,7 +130,7 @@ class ImageEncoder(Encoder):
     def forward(self, media: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Encodes image_BCHW, as `transform` gives it; a picture has no padding, so the mask is None both ways."""
         assert mask is None, "pictures are resized to one size and need no mask"
-        return self._features(self.model, media.to(next(self.model.parameters()).dtype)), None
+        return self._features(self.model, media.to(input_type(self.model))), None
 
     @cached_property
     def _measured(self) -> _Measured:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from encoders.base import DTYPES, DType, Part
 from encoders.hf import misfits
+from encoders.stored import compute_wide
 from encoders.tuning import Tune
 from models.attention_blocks import use_blocks
 from models.attention_mask import attention_inputs
 from models.branches import can_branch, can_pack
 from models.generation import Generation
 from models.lean import make_lean
-from models.stored import Quantize, check_quantised, compute_wide, quantization
+from models.stored import Quantize, quantization, settle_quantised
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -55,9 +56,7 @@ class LanguageModel(Part):
         super().__init__(tune)
         self.name_or_path = name_or_path
         self.pretrained = pretrained
-        self.dtype = dtype
-        self.compute_dtype = compute_dtype
-        self.quantize = quantize
+        self.dtype, self.compute_dtype, self.quantize = dtype, compute_dtype, quantize
         self._check_quantize()
         self.attn_implementation = attn_implementation
         self.trust_remote_code = trust_remote_code
@@ -110,7 +109,7 @@ class LanguageModel(Part):
         self.model.generation_config = GenerationConfig()  # `generate` would fill from the checkpoint's own what we leave open
         make_lean(self.model)
         use_blocks(self.model)
-        if self.compute_dtype is not None and self.dtype != self.compute_dtype and self.tune.mode != "full":
+        if self.compute_dtype is not None:
             compute_wide(self.model)
         self.apply_tune(self.model)
         self._check_head()
@@ -137,7 +136,7 @@ class LanguageModel(Part):
             raise ValueError(_not_found(self.name_or_path, error)) from error
         model, report = loaded
         if self.quantize is not None:
-            check_quantised(model)
+            settle_quantised(model)
         if wrong := misfits(report):
             raise ValueError(
                 f"language_model.name_or_path: the weights in {self.name_or_path} do not fit its config.json "

@@ -16,10 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from datamodules.batch import MediaBatch, pad_time
 from encoders.base import Encoder, Part
+from encoders.stored import StoredLinear
 from encoders.tuning import Tune
 from models.language import LanguageModel
 from models.multimodal import MultiModalModel
-from models.stored import Quantize, StoredLinear
+from models.stored import Quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

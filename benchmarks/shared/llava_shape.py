@@ -1,8 +1,8 @@
 """One LLaVA-shaped model with fixed random weights, as transformers and as OmniLit have it, and batches for both.
 
-The language model has the shape of SmolLM2-135M: 30 layers, width 576, 9 heads, 3 of keys and values, vocabulary 49,152, tied
-embeddings. The vision tower is a CLIP of 6 layers, width 384, 256 patches. LoRA of rank 16 on all seven linear layers of each
-block; the projector is trained as well, the rest is frozen.
+Unless it is made smaller, the language model has the shape of SmolLM2-135M: 30 layers, width 576, 9 heads, 3 of keys and values,
+vocabulary 49,152, tied embeddings. The vision tower is a CLIP of 6 layers, width 384, 256 patches. LoRA of rank 16 on all seven
+linear layers of each block; the projector is trained as well, the rest is frozen.
 
 Shape suffixes: B rows, T tokens, N pictures.
 """
@@ -20,17 +20,19 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 RANK, ALPHA = 16, 32.0
 
 
-def write_weights(folder: Path) -> None:
-    """Writes the whole model, `llava`, and its two towers, `language` and `vision`."""
+def write_weights(
+    folder: Path, vocabulary: int = VOCABULARY, width: int = WIDTH, num_layers: int = NUM_LAYERS, vision_width: int = 384
+) -> None:
+    """Writes the whole model, `llava`, with its processor, and its two towers, `language` and `vision`."""
     import transformers as hf
 
     text = hf.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=1536,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=num_layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 192,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -38,17 +40,17 @@ def write_weights(folder: Path) -> None:
         pad_token_id=0,
     )
     vision = hf.CLIPVisionConfig(
-        hidden_size=384,
-        intermediate_size=1536,
+        hidden_size=vision_width,
+        intermediate_size=4 * vision_width,
         num_hidden_layers=6,
-        num_attention_heads=6,
+        num_attention_heads=vision_width // 64,
         image_size=IMAGE_SIZE,
         patch_size=14,
     )
     config = hf.LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=IMAGE_TOKEN,
+        image_token_id=vocabulary - 1,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
@@ -62,19 +64,31 @@ def write_weights(folder: Path) -> None:
     causal.save_pretrained(folder / "language")
     model.model.vision_tower.save_pretrained(folder / "vision")
     torch.save(model.model.multi_modal_projector.state_dict(), folder / "projector.pt")
-    _write_tokenizer(folder / "language")
+    tokenizer = _tokenizer({})
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}<eos>{% endfor %}"
+    tokenizer.save_pretrained(folder / "language")
+    hf.LlavaProcessor(
+        hf.CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}),
+        _tokenizer({"<image>": vocabulary - 1}),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for message in messages %}{% for content in message.content %}"
+        "{{ '<image>' if content.type == 'image' else content.text }}{% endfor %}<eos>{% endfor %}",
+    ).save_pretrained(folder / "llava")
 
 
-def _write_tokenizer(folder: Path) -> None:
-    """A tokenizer that knows single letters only; the benchmarks' rows are made of ids."""
-    from tokenizers import Tokenizer, models
+def _tokenizer(placeholders: dict[str, int]) -> Any:
+    """A tokenizer of single letters."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<eos>": 0, "<unk>": 1, **{chr(code): code for code in range(32, 127)}}
+    words = {"<eos>": 0, "<unk>": 1, **{chr(code): code - 30 for code in range(32, 127)}, **placeholders}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
-    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}<eos>{% endfor %}"
-    tokenizer.save_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*placeholders]})
+    return tokenizer
 
 
 def lora_config(modules_to_save: list[str] | None = None) -> Any:

@@ -25,6 +25,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "jpeg": ("RGB", "JPEG", {}),
     "jpeg-progressive": ("L", "JPEG", {"progressive": True}),
+    "jpeg-cmyk": ("CMYK", "JPEG", {}),
     "png": ("RGB", "PNG", {}),
     "png-palette": ("P", "PNG", {}),
     "webp": ("RGB", "WEBP", {}),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from encoders.stored import StoredLinear
 from encoders.tuning import LoRA, Tune
 from lightning_modules.checkpoints import CheckpointFile, RunCheckpoint
 from lightning_modules.part_table import _describe
@@ -19,7 +20,7 @@ from models.checkpoint import fingerprints, read_checkpoint
 from models.language import LanguageModel
 from models.lean import GatedMLP
 from models.multimodal import MultiModalModel
-from models.stored import StoredLinear, num_weights, stored_type
+from models.stored import num_weights, stored_type
 from tests.lightning_modules.run_fakes import make_data, make_trainer, write_rows
 
 pytestmark = pytest.mark.usefixtures("seed")
@@ -149,6 +150,15 @@ class TestQuantised:
                 changed += 1
         assert changed == 14  # seven layers in each block; not the head
         check_close(states_and_gradients(quantised), states_and_gradients(plain))
+
+    def test_nothing_is_left_of_the_file(self, wide_llm: Path) -> None:
+        """Linux tells what a process has mapped (proc(5)); one tensor that is a view keeps the whole file."""
+        model = built(wide_llm, quantize="nf4")
+        file = str((wide_llm / "model.safetensors").resolve())
+        assert file not in Path("/proc/self/maps").read_text(encoding="utf-8")
+        whole = built(wide_llm)
+        assert file in Path("/proc/self/maps").read_text(encoding="utf-8"), "as of a model whose weights are those of the file"
+        torch.testing.assert_close(model.head.weight, whole.head.weight, rtol=0, atol=0)
 
     def test_its_weights_are_counted(self, wide_llm: Path) -> None:
         quantised, plain = built(wide_llm, quantize="nf4"), built(wide_llm)
