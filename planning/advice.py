@@ -1,14 +1,23 @@
 """What to change in a configuration whose run does not fit on its device."""
 
 import copy
-from collections.abc import Callable, Iterator
+import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from encoders.tuning import Tune
+import torch
+
+from encoders.base import Encoder
 from planning.run import Plan, Run, plan_run
 
 Change = tuple[str, Run]
 """Flags of the command line, and the run with them."""
+
+LEAST_GAIN = 0.02
+"""A change that saves a smaller share of the memory is not worth its flag."""
+
+_HELD = ("weights", "optimizer", "gradients", "DDP", "gathered")
 
 
 @dataclass(frozen=True)
@@ -27,21 +36,33 @@ class Advice:
 
 
 def advise(run: Run, plan: Plan) -> list[Advice]:
-    """Changes that together let a run fit, those first that touch what takes most; all that are known where they do not suffice.
+    """Changes that together let a run fit, those first that touch what takes most; all that help where they do not suffice.
+
+    A feature cache is none of them: it is empty in the first epoch, which is the one that is planned.
 
     Args:
         run: A run.
         plan: Its plan.
     """
     advice: list[Advice] = []
-    of_weights = sum(size for kind, size in plan.memory.items() if kind.startswith(("weights", "optimizer", "gradients", "DDP")))
-    kinds: list[Callable[[Run], Iterator[Change]]] = [_less_activations, _smaller_weights]
-    for kind in kinds[::-1] if of_weights > plan.total / 2 else kinds:
-        while not plan.fits(run.device) and (change := next(kind(run), None)) is not None:
-            flags, run = change
-            plan = plan_run(run)
-            advice.append(Advice(flags, plan.total, plan.fits(run.device)))
+    while not plan.fits(run.device) and (taken := _first_that_helps(run, plan)) is not None:
+        flags, run, plan = taken
+        advice.append(Advice(flags, plan.total, plan.fits(run.device)))
     return advice
+
+
+def _first_that_helps(run: Run, plan: Plan) -> tuple[str, Run, Plan] | None:
+    of_weights = sum(size for kind, size in plan.memory.items() if kind.startswith(_HELD))
+    kinds = [_less_activations(run, plan), _smaller_weights(run)]
+    for kind in kinds[::-1] if of_weights > plan.total / 2 else kinds:
+        for flags, changed in kind:
+            try:
+                planned = plan_run(changed)
+            except ValueError:  # the model refuses it: a network without blocks that could be computed again
+                continue
+            if planned.total < (1 - LEAST_GAIN) * plan.total:
+                return flags, changed, planned
+    return None
 
 
 def _smaller_weights(run: Run) -> Iterator[Change]:
@@ -53,20 +74,31 @@ def _smaller_weights(run: Run) -> Iterator[Change]:
         sharded = replace(placement, is_sharded=True, has_buckets=False)
         yield "--config configs/strategy/fsdp.yaml", replace(run, placement=sharded)
     if is_frozen and language_model.dtype == "float32" and language_model.quantize is None:
-        yield "--model.language_model.dtype bfloat16", _with_options(run, dtype="bfloat16")
+        yield "--model.language_model.dtype bfloat16", _with_options(run, "language_model", dtype="bfloat16")
+    for name, part in run.model.parts().items():
+        if isinstance(part, Encoder) and vars(part).get("dtype") is torch.float32 and part.tune.mode != "full":
+            yield f"--model.{name}.dtype bfloat16", _with_options(run, name, dtype=torch.bfloat16)
+    if not is_frozen and not is_spread and importlib.util.find_spec("bitsandbytes") is not None:
+        from bitsandbytes.optim import AdamW8bit
+
+        eight_bits = replace(run, model=copy.deepcopy(run.model))
+        eight_bits.model.optimizer = AdamW8bit
+        yield "--model.optimizer bitsandbytes.optim.AdamW8bit", eight_bits
     if not is_frozen:
         tune = replace(language_model.tune, mode="lora")
-        yield "--model.language_model.tune.mode lora", _with_options(run, tune=tune)
+        yield "--model.language_model.tune.mode lora", _with_options(run, "language_model", tune=tune)
     if is_frozen and language_model.quantize is None and not is_spread and language_model.pretrained:
-        yield "--model.language_model.quantize nf4", _with_options(run, quantize="nf4")
+        yield "--model.language_model.quantize nf4", _with_options(run, "language_model", quantize="nf4")
 
 
-def _less_activations(run: Run) -> Iterator[Change]:
-    """Fewer bytes in a step: blocks that are computed again, then smaller batches, of which a step has more."""
-    tune, data = run.model.model.language_model.tune, run.datamodule
-    if not tune.activation_checkpointing:
-        flags = "--model.language_model.tune.activation_checkpointing true"
-        yield flags, _with_options(run, tune=replace(tune, activation_checkpointing=True))
+def _less_activations(run: Run, plan: Plan) -> Iterator[Change]:
+    """Fewer bytes in a step: blocks that are computed again, of the part first whose activations are the most, then smaller
+    batches, of which a step has more."""
+    prefix = "activations of "
+    names = [kind.removeprefix(prefix) for kind, _ in plan.memory.most_common() if kind.startswith(prefix)]
+    for name in dict.fromkeys([*names, "language_model"]):
+        yield from _computed_again(run, name)
+    data = run.datamodule
     smaller = copy.copy(data)
     smaller.train_loader = None
     twice = run.trainer.clone()
@@ -81,8 +113,27 @@ def _less_activations(run: Run) -> Iterator[Change]:
         yield flags, replace(run, datamodule=smaller, trainer=twice)
 
 
-def _with_options(run: Run, **options: Tune | str) -> Run:
-    """The run with other options of its language model."""
+def _computed_again(run: Run, name: str) -> Iterator[Change]:
+    """Activation checkpointing of a part that keeps activations: the language model, or an encoder that trains.
+
+    Args:
+        run: The run.
+        name: The part; one that is not there before the model is built is a stretch of a ready model, which has its options.
+    """
+    parts = run.model.parts()
+    owner, options = (name, ["tune"]) if name in parts else ("language_model", ["vision_tune", "audio_tune"])
+    if owner != "language_model" and not isinstance(parts[owner], Encoder):
+        return
+    for option in options:
+        tune = vars(parts[owner])[option]
+        keeps = tune.mode != "frozen" or name == "language_model"  # gradients go through a frozen one to what lies before it
+        if keeps and not tune.activation_checkpointing:
+            changed = _with_options(run, owner, **{option: replace(tune, activation_checkpointing=True)})
+            yield f"--model.{owner}.{option}.activation_checkpointing true", changed
+
+
+def _with_options(run: Run, name: str, **options: Any) -> Run:
+    """The run with other options of a part."""
     model = copy.deepcopy(run.model)
-    vars(model.model.language_model).update(options)
+    vars(model.parts()[name]).update(options)
     return replace(run, model=model)
