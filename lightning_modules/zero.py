@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,13 +15,37 @@ from torch.optim import Optimizer
 from lightning_modules.optim import NO_DECAY
 
 
+class ZeroPrecision(DeepSpeedPrecision):
+    """Float32, or bf16-mixed as under other strategies: by torch's autocast, and no weight is rounded.
+
+    Raises:
+        ValueError: The precision is another.
+    """
+
+    def __init__(self, precision: Any) -> None:
+        if precision not in ("32-true", "bf16-mixed"):
+            raise ValueError(
+                f"trainer.precision is {precision}, but ZeroStrategy takes 32-true and bf16-mixed: take one of these"
+            )
+        super().__init__(precision)
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        from deepspeed.accelerator import get_accelerator
+
+        with torch.autocast(get_accelerator().device_name(), torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+            yield
+
+
 class ZeroStrategy(DeepSpeedStrategy):
     """ZeRO-2: each device has the whole model, and a share of the gradients and of the optimizer's state.
 
     The engine clips gradients by their norm, and leaves a step out whose gradients are not finite. A checkpoint is one file, as
     on one device: a run goes on from it with any strategy and any number of devices. A share is cut across the weights, so take
-    an optimizer that treats each value by itself: AdamW and SGD do, not Adafactor, nor those of 8 bits. In 16 bits the engine
-    computes with all weights rounded, also those that are frozen, and keeps what trains in float32 besides.
+    an optimizer that treats each value by itself: AdamW and SGD do, not Adafactor, nor those of 8 bits.
 
     Args:
         stage: Of ZeRO.
@@ -49,6 +74,14 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._left_out: list[tuple[nn.Parameter, Tensor | None]] = []
 
     @property
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:  # Lightning gives one of its own
+        self._precision_plugin = ZeroPrecision(plugin.precision) if isinstance(plugin, DeepSpeedPrecision) else plugin
+
+    @property
     def handles_gradient_accumulation(self) -> bool:
         return False  # or the last step of an epoch would wait for batches of the next one
 
@@ -71,6 +104,14 @@ class ZeroStrategy(DeepSpeedStrategy):
         optimizer = self._engine_optimizer.optimizer
         optimizer.register_step_pre_hook(self._leave_out)
         optimizer.register_step_post_hook(self._give_back)
+
+    def _format_config(self) -> None:
+        assert isinstance(self.config, dict)
+        if self.precision_plugin.precision == "bf16-mixed":
+            self.config["bf16"] = {"enabled": False}
+            # gradients are summed up in float32
+            self.config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        super()._format_config()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
