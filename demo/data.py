@@ -17,7 +17,8 @@ def prepare_all(cache: Path = CACHE) -> dict[Modality, dict[str, Path]]:
         cache: The folders `fashion`, `motion` and `speech` go in here.
 
     Returns:
-        For `image`, `video` and `audio` the files `train`, `val` and `test` (JSONL) and their `media_root`.
+        For `image`, `video` and `audio` the files `train`, `val` and `test` (JSONL), for `image` also `preference`, and their
+        `media_root`.
 
     Raises:
         ValueError: A folder holds something else, or something that the repository ships is missing or damaged.

@@ -1,8 +1,9 @@
 """The demo goes on: the model that learnt to name pictures is trained on preferences, and asked again about pictures never seen.
 
 `make demo-dpo` runs it, after `make demo`. In a pair the true name of a picture stands against the wrong one that the model finds
-likeliest. Figures go to runs/demo-dpo/report.json. The names of a picture are told apart by their first tokens, which differ, so
-that one pass over its question has the log-probability of each; the likeliest is what `make demo` takes for the model's choice.
+likeliest; pairs to train on are of pictures that the model has not met. Figures go to runs/demo-dpo/report.json. The names of a
+picture are told apart by their first tokens, which differ, so that one pass over its question has the log-probability of each;
+the likeliest is what `make demo` takes for the model's choice.
 
 Shape suffixes: R rows, N names.
 """
@@ -28,8 +29,6 @@ OVERLAYS = ("configs/objective/dpo.yaml", "demo/dpo.yaml")
 SFT = SFT_RUN / "checkpoints" / "last.ckpt"
 RUN = Path("runs/demo-dpo")
 NAMES = list(CLASSES.values())
-NUM_PAIRS = 640
-"""Training pictures that pairs are made of."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,11 @@ def main() -> None:
 
     quiet_lightning()
     disable_progress_bar()  # of the loading of weights
-    say(f"1/3  which wrong name is the likeliest: of {NUM_PAIRS} training pictures, and of those that are held out")
-    rows = {split: data[split].read_text(encoding="utf-8").splitlines() for split in ("train", "val", "test")}
-    rows["train"] = rows["train"][:NUM_PAIRS]
+    rows = {split: data[split].read_text(encoding="utf-8").splitlines() for split in ("preference", "val", "test")}
+    say(f"1/3  which wrong name is the likeliest: of {len(rows['preference']):,} new pictures, and of those that are held out")
     before = look_at(SFT, rows, data["media_root"])
     wrong = {split: named.likeliest_wrong() for split, named in before.items()}
-    for split in ("train", "val"):
+    for split in ("preference", "val"):
         write_pairs(rows[split], wrong[split], RUN / f"pairs-{split}.jsonl")
     say("2/3  DPO on pairs of the right and that wrong name")
     configs = [argument for path in (CONFIG, *OVERLAYS) for argument in ("--config", path)]

@@ -18,7 +18,9 @@ from PIL import Image
 from demo.pictures import CLASSES, COLUMNS, SHEETS, TILE, TILES
 
 SEED = 2017
-IDX_PREFIX = {"train": "train", "test": "t10k"}
+IDX_PREFIX = {"train": "train", "preference": "train", "test": "t10k"}
+FIRST = {"train": 0, "preference": TILES["train"], "test": 0}
+"""The first of the shuffled pictures of a class that a split takes."""
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
@@ -42,7 +44,7 @@ def make_sheets(idx_folder: Path, folder: Path) -> None:
 
     Args:
         idx_folder: The four published files.
-        folder: Gets `train_<class>.png` and `test_<class>.png`.
+        folder: Gets `train_<class>.png`, `preference_<class>.png` and `test_<class>.png`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for split, prefix in IDX_PREFIX.items():
@@ -51,7 +53,7 @@ def make_sheets(idx_folder: Path, folder: Path) -> None:
         for label, name in enumerate(CLASSES):
             indices = np.flatnonzero(labels_N == label).tolist()
             random.Random(SEED).shuffle(indices)
-            tiles_NHW = images_NHW[indices[: TILES[split]]]
+            tiles_NHW = images_NHW[indices[FIRST[split] : FIRST[split] + TILES[split]]]
             grid = tiles_NHW.reshape(-1, COLUMNS[split], TILE, TILE).swapaxes(1, 2)
             sheet_HW = grid.reshape(-1, COLUMNS[split] * TILE)
             Image.fromarray(sheet_HW).save(folder / f"{split}_{name}.png", optimize=True)

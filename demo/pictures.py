@@ -12,9 +12,9 @@ from demo.rows import SPLITS, make_row, prepared, write_rows
 SHEETS = Path(__file__).parent / "fashion"
 TILE = 28
 """Pixels, each side of a picture."""
-TILES = {"train": 300, "test": 50}
+TILES = {"train": 300, "preference": 200, "test": 50}
 """Pictures of each class in a sheet."""
-COLUMNS = {"train": 20, "test": 10}
+COLUMNS = {"train": 20, "preference": 20, "test": 10}
 VAL_TILES = 10
 """The last pictures of each training sheet serve for validation."""
 
@@ -32,7 +32,7 @@ CLASSES = {
 }
 """The answer of each class, in the order of the labels of Fashion-MNIST."""
 QUESTION = "What is this?"
-VERSION = 1
+VERSION = 2
 """Raise it when `prepare` comes to write something else."""
 
 
@@ -40,20 +40,20 @@ def prepare(folder: Path) -> dict[str, Path]:
     """Writes the demo's pictures and rows; does nothing if they are there.
 
     Training has 290 pictures a class, validation 10, both from the training split of Fashion-MNIST; the held-out
-    test has 50 a class from its test split.
+    test has 50 a class from its test split. 200 more a class from the training split are for preferences alone.
 
     Args:
         folder: Where to; it may exist only if this function made it.
 
     Returns:
-        The files `train`, `val` and `test` (JSONL, rows shuffled by a fixed seed), and their `media_root`.
+        The files `train`, `val`, `test` and `preference` (JSONL, rows shuffled by a fixed seed), and their `media_root`.
 
     Raises:
         ValueError: The folder holds something else, or a sheet is missing or of the wrong size.
     """
     made_from = {"version": VERSION, "question": QUESTION, "answers": list(CLASSES.values())}
     make_once(folder, made_from, partial(_write, SHEETS))
-    return prepared(folder, "image")
+    return prepared(folder, "image") | {"preference": folder / "preference.jsonl"}
 
 
 def cut(sheet: Path, columns: int, count: int) -> list[Image.Image]:
@@ -78,7 +78,7 @@ def cut(sheet: Path, columns: int, count: int) -> list[Image.Image]:
 
 
 def _write(sheets: Path, folder: Path) -> None:
-    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in (*SPLITS, "preference")}
     for split, count in TILES.items():
         for name, answer in CLASSES.items():
             (folder / "images" / split / name).mkdir(parents=True)

@@ -111,12 +111,13 @@ class RunSummary(Callback):
         counts = self._counts or self._own_counts(trainer)
         parts = cast("MultiModalLitModule", pl_module).parts()
         encoded = [modality for modality in MODALITIES if f"{modality}_encoder" in parts]
+        training = {name.partition("_")[0] for name, part in parts.items() if any(p.requires_grad for p in part.parameters())}
         rank_zero_info(counts.line(encoded) + ("" if of_all else " (this process alone)"))
         for line in counts.source_lines():
             rank_zero_info(line)
         if of_all and counts.rows["trained"]:
             for modality in encoded:
-                if not counts.seen[modality]:
+                if modality in training and not counts.seen[modality]:
                     rank_zero_warn(_never_seen(modality))
         summary: dict[str, Any] = {
             "status": status,

@@ -12,8 +12,9 @@ def test_all_data_come_as_rows_of_one_form(tmp_path, monkeypatch):
     prepared = prepare_all(tmp_path)
     assert list(prepared) == ["image", "video", "audio"]
     for modality, files in prepared.items():
-        assert list(files) == ["media_root", "train", "val", "test"]
-        for split in ("train", "val", "test"):
+        splits = ["train", "val", "test", *(["preference"] if modality == "image" else [])]
+        assert list(files) == ["media_root", *splits]
+        for split in splits:
             rows = read_rows(files[split])
             answers = {check_row(row, modality, files["media_root"], rows[0]["choices"]) for row in rows[:200]}
             assert len(answers) > 3

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from demo import dpo
-from demo.pictures import prepare
+from demo.pictures import TILES, prepare
 from demo.weights import CACHE, convert_all
 from train import main as train
 
@@ -75,8 +75,9 @@ def test_the_overlay_reads_what_the_demo_writes() -> None:
     assert overlay["model"]["init_args"]["init_from"] == str(dpo.SFT)
     assert overlay["trainer"]["default_root_dir"] == str(dpo.RUN)
     data = overlay["data"]["init_args"]
-    assert [data["train_path"], data["val_path"]] == [str(dpo.RUN / f"pairs-{split}.jsonl") for split in ("train", "val")]
-    assert overlay["trainer"]["max_steps"] * data["batch_size"] == dpo.NUM_PAIRS
+    assert [data["train_path"], data["val_path"]] == [str(dpo.RUN / f"pairs-{split}.jsonl") for split in ("preference", "val")]
+    num_pairs = TILES["preference"] * len(dpo.NAMES)
+    assert num_pairs - data["batch_size"] < overlay["trainer"]["max_steps"] * data["batch_size"] <= num_pairs, "one epoch"
     assert ROOT / data["media_root"] == CACHE / "fashion/images"
 
 
@@ -93,9 +94,10 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     train(["fit", "--config", dpo.CONFIG, *few, folder, f"--model.feature_cache.folder={tmp_path / 'features'}"])
     monkeypatch.setattr(dpo, "SFT", tmp_path / "sft/checkpoints/last.ckpt")
     monkeypatch.setattr(dpo, "RUN", tmp_path / "dpo")
-    monkeypatch.setattr(dpo, "NUM_PAIRS", 60)
     monkeypatch.setattr(dpo, "prepare", lambda folder: {**data, **_few_rows(data, tmp_path)})
-    pairs = {f"{split}_path": str(tmp_path / f"dpo/pairs-{split}.jsonl") for split in ("train", "val")}
+    pairs = {
+        f"{split}_path": str(tmp_path / f"dpo/pairs-{name}.jsonl") for split, name in (("train", "preference"), ("val", "val"))
+    }
     overlay = {
         "trainer": {"default_root_dir": str(tmp_path / "dpo"), "max_steps": 1, "val_check_interval": 1},
         "model": {"init_args": {"init_from": str(dpo.SFT), **features}},
@@ -115,9 +117,9 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def _few_rows(data: dict[str, Path], folder: Path) -> dict[str, Path]:
-    """Shorter files of validation and of held-out pictures, with each name in them."""
+    """Shorter files of new, of validation and of held-out pictures, with each name in them."""
     files = {}
-    for split in ("val", "test"):
+    for split in ("preference", "val", "test"):
         files[split] = folder / f"{split}.jsonl"
         lines = data[split].read_text(encoding="utf-8").splitlines(keepends=True)[:60]
         files[split].write_text("".join(lines), encoding="utf-8")

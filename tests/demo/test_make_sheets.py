@@ -26,15 +26,17 @@ def test_read_idx_gives_what_was_written_and_refuses_other_files(tmp_path):
 def test_every_tile_is_a_different_picture_of_its_class(tmp_path):
     random = np.random.default_rng(0)
     expected = {}
-    for split, prefix in (("train", "train"), ("test", "t10k")):
-        labels = random.permutation(np.repeat(np.arange(10, dtype=np.uint8), TILES[split] + 20))
+    for prefix, splits in (("train", ("train", "preference")), ("t10k", ("test",))):
+        num_tiles = sum(TILES[split] for split in splits)
+        labels = random.permutation(np.repeat(np.arange(10, dtype=np.uint8), num_tiles + 20))
         images = random.integers(0, 256, (len(labels), 28, 28), dtype=np.uint8)
         write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", images)
         write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", labels)
-        expected[split] = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
+        expected[splits] = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
     make_sheets(tmp_path, tmp_path / "sheets")
-    for split, label_of in expected.items():
+    for splits, label_of in expected.items():
         for label, name in enumerate(CLASSES):
-            tiles = cut(tmp_path / "sheets" / f"{split}_{name}.png", COLUMNS[split], TILES[split])
-            assert len({tile.tobytes() for tile in tiles}) == TILES[split]
+            sheets = {split: tmp_path / "sheets" / f"{split}_{name}.png" for split in splits}
+            tiles = [tile for split, sheet in sheets.items() for tile in cut(sheet, COLUMNS[split], TILES[split])]
+            assert len({tile.tobytes() for tile in tiles}) == sum(TILES[split] for split in splits), "no picture is in two splits"
             assert {label_of[tile.tobytes()] for tile in tiles} == {label}

@@ -75,10 +75,11 @@ def test_summary_says_what_became_of_each_source(
 
 
 class WithEncoders(FakeModule):
-    """As if the bridge were the encoder of images, and there were another one for sound."""
+    """As if the bridge were the encoder of images, and there were another one for sound, and one for video that is frozen."""
 
     def parts(self) -> dict[str, Part]:
-        return {**super().parts(), "image_encoder": self.bridge, "audio_encoder": Bridge()}
+        others = {"audio_encoder": Bridge(), "video_encoder": Bridge().requires_grad_(False)}
+        return {**super().parts(), "image_encoder": self.bridge, **others}
 
 
 class Media(FakeData):
@@ -100,7 +101,7 @@ class Media(FakeData):
         ([good_batch(False)], {}, ["image", "audio"]),
     ],
 )
-def test_an_encoder_without_media_is_named(
+def test_an_encoder_that_trains_without_media_is_named(
     tmp_path: Path, batches: list[Batch], counts: dict[str, int], never_seen: list[str]
 ) -> None:
     with warnings.catch_warnings(record=True) as caught:
