@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from lightning_modules.optim import NO_DECAY
@@ -51,16 +53,37 @@ class ZeroStrategy(DeepSpeedStrategy):
         stage: Of ZeRO.
         offload_optimizer: Keep the optimizer's state and the float32 weights in the memory of the machine, and compute its step
             there (arXiv 2101.06840).
+        pin_memory: Of the machine's memory take pages that stay in place, from which a GPU reads faster.
+        reduce_bucket_size: So many gradients are summed up at a time.
+        config: DeepSpeed's own configuration, or its file, instead of the above.
+        process_group_backend: `nccl`, or what else the processes talk by; None: what suits the device.
+        timeout: How long they wait for each other.
 
     Raises:
         ValueError: DeepSpeed is not installed, or the stage is another.
     """
 
-    def __init__(self, *args: Any, stage: int = 2, offload_optimizer: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        stage: int = 2,
+        offload_optimizer: bool = False,
+        pin_memory: bool = False,
+        reduce_bucket_size: int = 200_000_000,
+        config: str | dict[str, Any] | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
+    ) -> None:
         if find_spec("deepspeed") is None:
             raise ValueError("trainer.strategy is ZeroStrategy, which needs DeepSpeed: pip install -r requirements-deepspeed.txt")
-        super().__init__(  # type: ignore[misc]
-            *args, stage=stage, offload_optimizer=offload_optimizer, logging_batch_size_per_gpu=1, **kwargs
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            pin_memory=pin_memory,
+            reduce_bucket_size=reduce_bucket_size,
+            logging_batch_size_per_gpu=1,
+            config=config,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
         )
         assert isinstance(self.config, dict)
         if (stage := self.config.get("zero_optimization", {}).get("stage", 0)) != 2:
