@@ -60,7 +60,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         timeout: How long they wait for each other.
 
     Raises:
-        ValueError: DeepSpeed is not installed, or the stage is another.
+        ValueError: DeepSpeed is not installed.
     """
 
     def __init__(
@@ -86,15 +86,24 @@ class ZeroStrategy(DeepSpeedStrategy):
             timeout=timeout,
         )
         assert isinstance(self.config, dict)
+        self.config["zero_force_ds_cpu_optimizer"] = False  # any optimizer, not DeepSpeed's own alone
+        self._idle: set[str] = set()
+        self._left_out: list[tuple[nn.Parameter, Tensor | None]] = []
+
+    def setup_environment(self) -> None:
+        """Begins, where the stage is one that is supported.
+
+        Raises:
+            ValueError: It is not.
+        """
+        assert isinstance(self.config, dict)
         if (stage := self.config.get("zero_optimization", {}).get("stage", 0)) != 2:
             raise ValueError(
                 f"trainer.strategy: stage is {stage}, and only 2 is supported. In stage 3 DeepSpeed wants each device to run the "
                 "same modules in each step, and rows have media of other kinds. Take configs/strategy/fsdp.yaml, which shards "
                 "the weights too"
             )
-        self.config["zero_force_ds_cpu_optimizer"] = False  # any optimizer, not DeepSpeed's own alone
-        self._idle: set[str] = set()
-        self._left_out: list[tuple[nn.Parameter, Tensor | None]] = []
+        super().setup_environment()
 
     @property
     def precision_plugin(self) -> Precision:

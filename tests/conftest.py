@@ -58,6 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed says on stdout that it finds no other
     torch.set_num_threads(1)
 
 

@@ -84,9 +84,9 @@ def test_so_do_pairs(job: Callable[..., Job], tmp_path: Path) -> None:
 @pytest.mark.usefixtures("deepspeed")
 def test_other_stages_are_refused() -> None:
     with pytest.raises(ValueError, match=r"stage is 3, and only 2.*media of other kinds.*fsdp\.yaml"):
-        ZeroStrategy(stage=3)
+        ZeroStrategy(stage=3).setup_environment()
     with pytest.raises(ValueError, match="stage is 1, and only 2"):
-        ZeroStrategy(config={"zero_optimization": {"stage": 1}})
+        ZeroStrategy(config={"zero_optimization": {"stage": 1}}).setup_environment()
 
 
 def test_other_precisions_are_refused() -> None:
