@@ -116,6 +116,16 @@ class TimmEncoder(ImageEncoder):
         return model
 
     def _load(self) -> nn.Module:
+        model = self._load_whole()
+        is_called = not any("q_bias" in dict(module.named_parameters(recurse=False)) for module in model.modules())
+        if self.compute_dtype is not None and self.dtype != torch.float32 and not is_called:
+            raise ValueError(
+                f"the attention of {self.model_name} takes the weights of its projections without calling them (as of EVA, BEiT "
+                "and Swin V2), so that nothing could widen them: set compute_dtype of the image encoder to null"
+            )
+        return model
+
+    def _load_whole(self) -> nn.Module:
         if self.checkpoint_path is not None:
             return self._load_file(Path(self.checkpoint_path))
         try:

@@ -87,6 +87,8 @@ class KTOLitModule(ReferencedLitModule):
 
     def _mean(self, total_and_count: Tensor) -> Tensor:
         """The mean, in training over all processes: their evaluations may have other numbers of batches."""
+        if self.is_lent:
+            total_and_count = torch.zeros_like(total_and_count)
         if self._trainer is not None and self._trainer.training:
             total_and_count = self._trainer.strategy.reduce(total_and_count, reduce_op="sum")
         total, count = total_and_count

@@ -86,6 +86,7 @@ class SpreadLitModule(MeasuringLitModule):
 
         Rows are missing where they were skipped, or where an epoch ends. If no process has any, the batch stays without.
         """
+        self.is_lent = False
         if self._last_gradients is not None and self.trainer.training:
             self._last_gradients.begin()
         elif not is_sharded(self.model):

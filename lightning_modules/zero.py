@@ -31,6 +31,9 @@ class ZeroPrecision(DeepSpeedPrecision):
             )
         super().__init__(precision)
 
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
+
     def convert_input(self, data: Any) -> Any:
         return data
 
@@ -55,7 +58,6 @@ class ZeroStrategy(DeepSpeedStrategy):
             there (arXiv 2101.06840).
         pin_memory: Of the machine's memory take pages that stay in place, from which a GPU reads faster.
         reduce_bucket_size: So many gradients are summed up at a time.
-        config: DeepSpeed's own configuration, or its file, instead of the above.
         process_group_backend: `nccl`, or what else the processes talk by; None: what suits the device.
         timeout: How long they wait for each other.
 
@@ -69,7 +71,6 @@ class ZeroStrategy(DeepSpeedStrategy):
         offload_optimizer: bool = False,
         pin_memory: bool = False,
         reduce_bucket_size: int = 200_000_000,
-        config: str | dict[str, Any] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
     ) -> None:
@@ -81,7 +82,6 @@ class ZeroStrategy(DeepSpeedStrategy):
             pin_memory=pin_memory,
             reduce_bucket_size=reduce_bucket_size,
             logging_batch_size_per_gpu=1,
-            config=config,
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
@@ -256,8 +256,13 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _gathered(value: Any, share: Tensor, weight: nn.Parameter) -> Any:
     """The whole of a state, of which each process has its share; the processes must meet here."""
-    if not isinstance(value, Tensor) or value.shape != share.shape:
+    if not isinstance(value, Tensor) or value.numel() == 1:
         return value  # such as the number of steps
+    if value.shape != share.shape:
+        raise ValueError(
+            "trainer.strategy: ZeroStrategy cuts weights into shares without regard to their shape, and the optimizer keeps what "
+            "is not one number a value: take one that treats each value by itself, such as AdamW, or configs/strategy/ddp.yaml"
+        )
     whole = value.new_zeros(weight.numel(), device=weight.device)
     if (place := weight._hp_mapping) is not None:  # type: ignore[attr-defined]  # set by the engine: which part of it is here
         mine, here = place.lp_fragment_address, place.hp_fragment_address

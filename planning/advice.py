@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
+from encoders.audio_base import AudioEncoder
 from encoders.base import Encoder
+from encoders.image_base import ImageEncoder
 from planning.run import Plan, Run, plan_run
 
 Change = tuple[str, Run]
@@ -76,14 +79,17 @@ def _smaller_weights(run: Run) -> Iterator[Change]:
     if is_frozen and language_model.dtype == "float32" and language_model.quantize is None:
         yield "--model.language_model.dtype bfloat16", _with_options(run, "language_model", dtype="bfloat16")
     for name, part in run.model.parts().items():
-        if isinstance(part, Encoder) and vars(part).get("dtype") is torch.float32 and part.tune.mode != "full":
+        if isinstance(part, ImageEncoder | AudioEncoder) and part.dtype is torch.float32 and part.tune.mode != "full":
             yield f"--model.{name}.dtype bfloat16", _with_options(run, name, dtype=torch.bfloat16)
-    if not is_frozen and not is_spread and importlib.util.find_spec("bitsandbytes") is not None:
+    optimizer = run.model.optimizer([nn.Parameter(torch.zeros(1))])
+    is_adamw = isinstance(optimizer, torch.optim.AdamW)
+    if is_adamw and not is_frozen and not is_spread and importlib.util.find_spec("bitsandbytes") is not None:
         from bitsandbytes.optim import AdamW8bit
 
         eight_bits = replace(run, model=copy.deepcopy(run.model))
         eight_bits.model.optimizer = AdamW8bit
-        yield "--model.optimizer bitsandbytes.optim.AdamW8bit", eight_bits
+        kept = " ".join(f"--model.optimizer.{name} {optimizer.defaults[name]:g}" for name in ("lr", "weight_decay"))
+        yield f"--model.optimizer bitsandbytes.optim.AdamW8bit {kept}", eight_bits
     if not is_frozen:
         tune = replace(language_model.tune, mode="lora")
         yield "--model.language_model.tune.mode lora", _with_options(run, "language_model", tune=tune)

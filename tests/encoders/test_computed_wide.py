@@ -114,6 +114,13 @@ def test_a_tower_in_full_or_in_float32_is_left_as_it_is(make: Callable[..., Enco
         assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224", "swinv2_tiny_window8_256"])
+def test_timm_models_that_do_not_call_their_layers_are_refused_too(name: str) -> None:
+    encoder = TimmEncoder(model_name=name, pretrained=False, dtype="bfloat16", compute_dtype="float32")
+    with torch.device("meta"), pytest.raises(ValueError, match=f"{name} takes .* set compute_dtype of the image encoder to null"):
+        encoder.build()
+
+
 def test_wavlm_is_refused(tmp_path: Path) -> None:
     """Its attention reads the weights of layers that it does not call."""
     save_audio_model("wavlm", tmp_path)

@@ -66,6 +66,7 @@ class FakeProcessor:
 class FakeModule(LightningModule):
     generates = True
     on_non_finite = "stop"
+    is_spread = False
 
     def __init__(self, words: Words | None = None, bridge: Bridge | None = None) -> None:
         super().__init__()

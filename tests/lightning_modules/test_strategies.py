@@ -73,16 +73,16 @@ def train(tiny_llm: Path, tiny_clip: Path, tiny_whisper: Path, tmp_path: Path) -
         llm: Path = tiny_llm,
         tune: Tune = LORA,
         resume: Path | None = None,
-        bad: bool = False,
+        bad: int | None = None,
         **more: Any,
     ) -> None:
         torch.manual_seed(4)
         language_model = LanguageModel(str(llm), tune=tune)
         module = make_all(llm, tiny_clip, tiny_whisper, language_model=language_model, optimizer=momentum, lr_scheduler=steady)
         path = rows
-        if bad:  # the second process has no usable row in its second batch
+        if bad is not None:  # a row that cannot be used: a process has none in that batch
             lines = rows.read_text().splitlines()
-            lines[3] = "{}"
+            lines[bad] = "{}"
             path = rows.with_name("bad.jsonl")
             path.write_text("\n".join(lines) + "\n")
         losses: list[Tensor] = []
@@ -145,7 +145,7 @@ def test_so_they_do_in_other_ways(
     """With batches accumulated; with a process whose batch has no row; clipped by value; not clipped, by another optimizer."""
     options: dict[str, dict[str, Any]] = {
         "accumulate": {"accumulate_grad_batches": 2},
-        "bad": {"bad": True},
+        "bad": {"bad": 3},
         "value": {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"},
         "precise": {"gradient_clip_val": None, "max_epochs": 2},
     }

@@ -28,14 +28,15 @@ def deepspeed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("deepspeed")
-@pytest.mark.parametrize("case", ["lora", "accumulate", "full", "offload", "bf16"])
+@pytest.mark.parametrize("case", ["lora", "accumulate", "last", "full", "offload", "bf16"])
 def test_two_processes_learn_what_one_learns(train: Callable[..., None], tmp_path: Path, case: str) -> None:
     """With LoRA, and gradients that are clipped; with batches accumulated, the last step of an epoch a shorter one, and a
-    process whose batch has no row; in full, not clipped; with the state of the optimizer in the memory of the machine; and in
-    bf16-mixed, nearly."""
+    process whose batch has no row, also in the last one before validation; in full, not clipped; with the state of the
+    optimizer in the memory of the machine; and in bf16-mixed, nearly."""
     options: dict[str, dict[str, Any]] = {
         "lora": {},
-        "accumulate": {"accumulate_grad_batches": 2, "bad": True, "max_epochs": 2},
+        "accumulate": {"accumulate_grad_batches": 2, "bad": 3, "max_epochs": 2},
+        "last": {"bad": 9, "max_epochs": 2},
         "full": {"tune": Tune(mode="full"), "gradient_clip_val": None},
         "offload": {"accumulate_grad_batches": 2},
         "bf16": {"precision": "bf16-mixed"},
@@ -48,7 +49,9 @@ def test_two_processes_learn_what_one_learns(train: Callable[..., None], tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("deepspeed")
-@pytest.mark.parametrize(("first", "then"), [("zero", "zero"), ("zero", "one"), ("one", "zero"), ("fsdp", "zero")])
+@pytest.mark.parametrize(
+    ("first", "then"), [("zero", "zero"), ("zero", "one"), ("one", "zero"), ("fsdp", "zero"), ("zero", "fsdp")]
+)
 def test_a_run_goes_on_with_another_strategy(train: Callable[..., None], tmp_path: Path, first: str, then: str) -> None:
     """Bit for bit where it is the same one."""
 
@@ -86,7 +89,7 @@ def test_other_stages_are_refused() -> None:
     with pytest.raises(ValueError, match=r"stage is 3, and only 2.*media of other kinds.*fsdp\.yaml"):
         ZeroStrategy(stage=3).setup_environment()
     with pytest.raises(ValueError, match="stage is 1, and only 2"):
-        ZeroStrategy(config={"zero_optimization": {"stage": 1}}).setup_environment()
+        ZeroStrategy(stage=1).setup_environment()
 
 
 def test_other_precisions_are_refused() -> None:

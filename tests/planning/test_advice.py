@@ -27,9 +27,11 @@ def advised(
     """The plan of a tiny decoder behind a tower of twelve blocks, and what is advised to get along with a share of its memory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def plan(tower: Tune, share: float = 0.01, precision: str = "32-true", **options: Any) -> tuple[Plan, list[Advice]]:
+    def plan(
+        tower: Tune, share: float = 0.01, precision: str = "32-true", llm: Path = tiny_llm, **options: Any
+    ) -> tuple[Plan, list[Advice]]:
         encoder = TimmEncoder(model_name="vit_tiny_patch16_224", pretrained=False, image_size=160, tune=tower)
-        module = make_lit_module(image_encoder=encoder, language_model=LanguageModel(str(tiny_llm), **options))
+        module = make_lit_module(image_encoder=encoder, language_model=LanguageModel(str(llm), **options))
         data = make_data(module, write_rows(tmp_path / "rows.jsonl", 8), batch_size=8)
         trainer = Namespace(devices=1, num_nodes=1, strategy="auto", precision=precision, max_steps=2)
         run = Run(module, data, trainer, Placement(), Device("any", 1e9, context_gib=1e-6))
@@ -59,3 +61,9 @@ def test_each_change_helps_and_what_a_part_does_not_have_is_not_advised(advised:
     totals = [plan.total, *(change.total for change in advice)]
     assert all(after < (1 - LEAST_GAIN) * before for before, after in pairwise(totals))
     assert not advice[-1].fits
+
+
+def test_an_optimizer_of_8_bits_keeps_the_rates_of_the_other(advised: Any, model_folder: Callable[[str], Path]) -> None:
+    _, advice = advised(Tune(mode="frozen"), llm=model_folder("llama_64"), tune=Tune(mode="full"))
+    [flags] = [change.flags for change in advice if "AdamW8bit" in change.flags]
+    assert flags == "--model.optimizer bitsandbytes.optim.AdamW8bit --model.optimizer.lr 0.0002 --model.optimizer.weight_decay 0"
