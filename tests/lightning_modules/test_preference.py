@@ -353,7 +353,7 @@ def test_a_text_model_needs_no_media(tiny_llm: Path, tmp_path: Path) -> None:
 
 
 def test_a_lent_batch_does_not_count_in_the_reference_point_of_kto(tiny_llm: Path) -> None:
-    """Of three processes the third has no rows, and gets those of the first to run; its reduction adds what it gives to theirs."""
+    """A process without rows runs those of another, which gives their sum to the mean of all itself."""
     module = make_module(KTOLitModule, tiny_llm, None)
     own = torch.tensor([3.0, 2.0])
     assert module._mean(own) == 1.5
