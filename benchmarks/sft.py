@@ -234,7 +234,7 @@ def compare(folder: Path, percent: int, num_steps: int, peers: list[str]) -> dic
     for peer in peers[1:]:
         for own, other in zip(steps["omnilit"], steps[peer], strict=True):
             difference = abs(own["loss"] - other["loss"])
-            assert difference < 2e-4, f"the losses differ by {difference:.1e}: the peers do not train the same"
+            assert difference < 1e-5, f"the losses differ by {difference:.1e}: the peers do not train the same"
     figures: dict[str, float] = {}
     seconds = {peer: min(step["seconds"] for step in steps[peer][1:]) for peer in peers}
     for peer in peers:
