@@ -117,8 +117,7 @@ class TimmEncoder(ImageEncoder):
 
     def _load(self) -> nn.Module:
         model = self._load_whole()
-        is_called = not any("q_bias" in dict(module.named_parameters(recurse=False)) for module in model.modules())
-        if self.compute_dtype is not None and self.dtype != torch.float32 and not is_called:
+        if self.compute_dtype is not None and self.dtype != torch.float32 and _reads_weights(model):
             raise ValueError(
                 f"the attention of {self.model_name} takes the weights of its projections without calling them (as of EVA, BEiT "
                 "and Swin V2), so that nothing could widen them: set compute_dtype of the image encoder to null"
@@ -196,3 +195,8 @@ class TimmEncoder(ImageEncoder):
         [taken] = model.forward_intermediates(image_BCHW, **arguments)
         map_BDHW, prefix_BPD = taken if isinstance(taken, tuple) else (taken, taken.new_empty(len(taken), 0, taken.shape[1]))
         return ImageTokens(prefix_BPD, map_BDHW.flatten(2).transpose(1, 2), num_class > 0 and prefix_BPD.shape[1] > 0)
+
+
+def _reads_weights(model: nn.Module) -> bool:
+    """Whether attention takes the weights of a projection beside a bias of its own, without calling the layer."""
+    return any("q_bias" in dict(module.named_parameters(recurse=False)) for module in model.modules())
