@@ -149,7 +149,9 @@ def take_place(checkpoint: dict[str, Any], trainer: Trainer) -> Mapping[str, Any
         The random generators of this process; None: as many processes did not write the checkpoint.
     """
     done: dict[str, int] = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-    more = done["processed"] * trainer.accumulate_grad_batches // checkpoint["accumulate_grad_batches"] - done["processed"]
+    # rounded up: a place that is in no batch of this run is the end of the epoch, whose last step may be of fewer batches
+    batches = -(-done["processed"] * trainer.accumulate_grad_batches // checkpoint["accumulate_grad_batches"])
+    more = batches - done["processed"]
     for name in done:  # those that have begun are a batch further, or those that are complete a batch behind
         done[name] += more
     states: Sequence[Mapping[str, Any]] = checkpoint["rng"]
