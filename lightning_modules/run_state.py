@@ -93,8 +93,8 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def add_place(checkpoint: dict[str, Any], trainer: Trainer, step_start: StepStart | None) -> None:
-    """Adds `rng`, the random generators of all processes by rank, which must meet here, `wandb_run_id` and
-    `accumulate_grad_batches`; and adds up what their data modules say.
+    """Adds `rng`, the random generators of all processes, which must meet here, `wandb_run_id` and `accumulate_grad_batches`; and
+    adds up what their data modules say. Processes that split a model's layers between them have the same of both, and count once.
 
     Args:
         checkpoint: Of this process; the first one writes it for all of them.
@@ -121,9 +121,10 @@ def add_place(checkpoint: dict[str, Any], trainer: Trainer, step_start: StepStar
             f"{broken[0]} is not finite after step {trainer.global_step:,}: what was trained is of no use, and takes no "
             "checkpoint's place. Go on from an earlier one, with a lower learning rate or another precision"
         )
+    states = states[:: num_with_same_rows(trainer)]
     checkpoint["rng"] = [rng for rng, *_ in states]
     if name in checkpoint:
-        checkpoint[name] = datamodule.together([place for _, place, _ in states[:: num_with_same_rows(trainer)]])
+        checkpoint[name] = datamodule.together([place for _, place, _ in states])
         # Lightning keeps the loader's state too, of the first process alone, and would load it over that of the data module
         checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
 
@@ -137,7 +138,7 @@ def non_finite(state: Any, name: str = "") -> str:
     return next((found for key, value in items if (found := non_finite(value, f"{name}.{key}".strip(".")))), "")
 
 
-def take_place(checkpoint: dict[str, Any], trainer: Trainer) -> Mapping[str, Any] | None:
+def take_place(checkpoint: dict[str, Any], trainer: Trainer) -> Mapping[str, Any]:
     """Takes up what `add_place` added.
 
     Args:
@@ -146,7 +147,7 @@ def take_place(checkpoint: dict[str, Any], trainer: Trainer) -> Mapping[str, Any
         trainer: Of the run.
 
     Returns:
-        The random generators of this process; None: as many processes did not write the checkpoint.
+        The random generators of this process, the same on all that split a model's layers between them.
     """
     done: dict[str, int] = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
     # rounded up: a place that is in no batch of this run is the end of the epoch, whose last step may be of fewer batches
@@ -155,10 +156,10 @@ def take_place(checkpoint: dict[str, Any], trainer: Trainer) -> Mapping[str, Any
     for name in done:  # those that have begun are a batch further, or those that are complete a batch behind
         done[name] += more
     states: Sequence[Mapping[str, Any]] = checkpoint["rng"]
-    if len(states) == trainer.world_size:
-        return states[trainer.global_rank]
-    rank_zero_warn(
-        f"the checkpoint is of {len(states)} process(es) and goes on in {trainer.world_size}: the rows come in the same batches, "
-        "but dropout draws other numbers than it would have"
-    )
-    return None
+    together = num_with_same_rows(trainer)
+    if len(states) != (number := trainer.world_size // together):
+        rank_zero_warn(
+            f"the checkpoint is of {len(states)} process(es), or groups of them that split layers, and goes on in {number}: the "
+            "rows come in the same batches, but dropout draws other numbers than it would have"
+        )
+    return states[trainer.global_rank // together % len(states)]

@@ -1,14 +1,23 @@
 """A run goes on at its place, also in other batches or other processes."""
 
 from collections import Counter
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import Strategy
 
 from lightning_modules.checkpoints import RunCheckpoint
+from lightning_modules.run_state import take_place
+from lightning_modules.strategies import ShardedStrategy
+from models.spread import whole
 from tests.faults.small_runs import fit, make_module
+from tests.lightning_modules.processes import in_two_processes
 from tests.lightning_modules.run_fakes import write_rows
 
 Lines = dict[tuple[int, int], list[int]]
@@ -45,3 +54,55 @@ def test_behind_an_epoch_it_goes_on_in_other_batches(
     assert before | after == whole and not before.keys() & after.keys()
     for epoch in range(3):
         assert Counter(sum((lines for (of, _), lines in whole.items() if of == epoch), [])) == Counter(range(1, num_rows + 1))
+
+
+def sharded(tensor_parallel_size: int, timeout: timedelta) -> Strategy:
+    return ShardedStrategy(tensor_parallel_size=tensor_parallel_size, process_group_backend="gloo", timeout=timeout)
+
+
+@pytest.mark.slow
+def test_processes_that_split_layers_go_on_with_one_generator(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    """Two that had rows of their own, of different lengths, have drawn different numbers for dropout."""
+    rows = write_rows(tmp_path / "rows.jsonl", 9)
+
+    def run(name: str, trainer_options: Any, batch_size: int, resume: Path | None = None, **options: Any) -> None:
+        module = make_module(tiny_llm, tiny_clip)
+        trainer = fit(module, tmp_path / name, rows, resume=resume, data={"batch_size": batch_size}, **trainer_options, **options)
+        weights = {name: whole(tensor).detach().clone() for name, tensor in module.model.state_dict().items()}
+        torch.save([weights, torch.get_rng_state()], tmp_path / f"{name}-{trainer.global_rank}.pt")
+
+    resume = tmp_path / "first/checkpoints/last.ckpt"
+    assert in_two_processes(run, "first", strategy=partial(sharded, 1), batch_size=1, max_steps=2) == [0, 0]
+    assert in_two_processes(run, "then", strategy=partial(sharded, 2), batch_size=2, resume=resume) == [0, 0]
+    for name, is_one in (("first", False), ("then", True)):
+        (weights, state), (others, other) = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in range(2))
+        assert torch.equal(state, other) == is_one
+        assert all(torch.equal(tensor, others[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("saved", "processes", "together", "expected"),
+    [
+        (2, 2, 1, [0, 1]),
+        (2, 2, 2, [0, 0]),
+        (2, 4, 2, [0, 0, 1, 1]),
+        (1, 2, 2, [0, 0]),
+        (1, 2, 1, [0, 0]),
+        (4, 4, 2, [0, 0, 1, 1]),
+    ],
+)
+def test_groups_of_processes_take_the_generators_of_groups(
+    saved: int, processes: int, together: int, expected: list[int], recwarn: pytest.WarningsRecorder
+) -> None:
+    """What the checkpoint has of each group, and how many processes go on, so many of which split layers between them."""
+    replicas = {"num_replicas": processes // together}
+    for rank, state in enumerate(expected):
+        progress = {"fit_loop": {"epoch_loop.batch_progress": {"current": {"processed": 0}}}}
+        checkpoint = {"loops": progress, "accumulate_grad_batches": 1, "rng": list(range(saved))}
+        trainer: Any = SimpleNamespace(
+            world_size=processes, global_rank=rank, distributed_sampler_kwargs=replicas, accumulate_grad_batches=1
+        )
+        assert take_place(checkpoint, trainer) == state
+    assert any(f"is of {saved} process(es)" in str(warning.message) for warning in recwarn.list) == (
+        saved != processes // together
+    )
