@@ -6,7 +6,7 @@ Models of 10 to 20 million weights train for two steps on a CPU, with one thread
 Trainer, as `fit` does. Measured is the operating system's own count: the largest resident set (VmHWM) less that before the model
 was built, in a process that has trained one step of one row before, and has given back what that freed; every large block is
 mapped for itself. Predicted is what `plan` says of the same module, data and trainer: it reads no weights, decodes nothing, and
-knows nothing of the measurement. `max_error` is the largest |predicted / measured - 1|.
+knows nothing of the measurement. Under ZeRO two processes train. `max_error` is the largest |predicted / measured - 1|.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,12 @@ from models.cross_attention import GatedCrossAttentionFusion
 from models.language import LanguageModel
 from models.pretrained import PretrainedMLLM
 from planning.devices import find_device
+from planning.gradients import UPDATE
 from planning.placement import placement_of
 from planning.run import Run, plan_run
 
 MIB = 2**20
+WAITS = timedelta(seconds=60)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3): from so many bytes on a block is mapped for itself, and what is free at the end of the heap is given back."""
 LORA = Tune(mode="lora", lora=LoRA(r=16, target_modules=TARGETS))
@@ -81,12 +84,14 @@ class Case:
         rows: Name of its file.
         data: Options of the data module.
         trainer: Options of the trainer.
+        zero: Options of `ZeroStrategy`, under which two processes train; None: one does.
     """
 
     module: Callable[[], MultiModalLitModule]
     rows: str = "text"
     data: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] | None = None
 
     def make_data(self, module: MultiModalLitModule, folder: Path) -> ImageDataModule:
         """The data module."""
@@ -123,10 +128,11 @@ def cases(folder: Path) -> dict[str, Case]:
         return make
 
     full, frozen, recomputed = Tune(mode="full"), Tune(mode="frozen"), replace(LORA, activation_checkpointing=True)
+    halves, accumulated, zero = {"batch_size": 2}, {"accumulate_grad_batches": 2}, {"reduce_bucket_size": 1_000_000}
     packed = {"batching": Batching(kind="packed", max_tokens=1024), "batch_size": 2}
     return {
         "full": Case(module(full)),
-        "full, accumulated": Case(module(full), data={"batch_size": 2}, trainer={"accumulate_grad_batches": 2}),
+        "full, accumulated": Case(module(full), data=halves, trainer=accumulated),
         "full, SGD with momentum": Case(module(full, optimizer=partial(SGD, lr=1e-3, momentum=0.9))),
         "full, AdamW of 8 bits": Case(module(full, optimizer=AdamW8bit)),
         "LoRA": Case(module(LORA)),
@@ -139,20 +145,26 @@ def cases(folder: Path) -> dict[str, Case]:
         "pictures, gated fusion": Case(module(LORA, frozen, gated=True), "pictures"),
         "ready model": Case(ready(LORA, frozen), "pictures"),
         "ready model, tower trains": Case(ready(LORA, full), "pictures"),
-        "pictures, DPO": Case(module(LORA, frozen, DPOLitModule), "pictures", {"batch_size": 2}),
+        "pictures, DPO": Case(module(LORA, frozen, DPOLitModule), "pictures", halves),
+        "full, ZeRO-2": Case(module(full), data=halves, zero=zero),
+        "full, ZeRO-2 offloaded": Case(module(full), data=halves, trainer=accumulated, zero=zero | {"offload_optimizer": True}),
     }
 
 
 def predict(case: Case, folder: Path) -> float:
-    """MiB that `plan` says."""
-    module = case.module()
-    trainer = Namespace(devices=1, num_nodes=1, strategy="auto", precision="32-true", max_steps=2, **case.trainer)
+    """MiB that `plan` says; what a device keeps in the memory of the machine is in the same memory here."""
+    module, devices = case.module(), 1 if case.zero is None else 2
+    options = Namespace(stage=2, **(case.zero or {}))
+    zero = Namespace(class_path="lightning_modules.zero.ZeroStrategy", init_args=options)
+    strategy: Any = "auto" if case.zero is None else zero
+    trainer = Namespace(devices=devices, num_nodes=1, strategy=strategy, precision="32-true", max_steps=2, **case.trainer)
     run = Run(module, case.make_data(module, folder), trainer, placement_of(trainer), find_device("cpu"))
-    return plan_run(run).total / MIB
+    plan = plan_run(run)
+    return (plan.total + plan.on_host.total() - plan.on_host[UPDATE]) / MIB  # a step is taken when activations are gone
 
 
 def compare(case: Case, folder: Path) -> tuple[float, float]:
-    """MiB that `plan` says, and that training takes."""
+    """MiB that `plan` says, and that training takes; of two processes that which takes more."""
     receiver, sender = (context := multiprocessing.get_context("fork")).Pipe()
     process = context.Process(target=_compare, args=(case, folder, sender))
     process.start()
@@ -163,22 +175,48 @@ def compare(case: Case, folder: Path) -> tuple[float, float]:
 
 
 def _compare(case: Case, folder: Path, sender: Any) -> None:
+    from tests.lightning_modules.processes import in_two_processes, zero
+
+    if case.zero is None:
+        predicted = predict(case, folder)
+        sender.send((predicted, _measure(case, folder, {})))
+        return
+    taken = multiprocessing.get_context("fork").SimpleQueue()
+    make = partial(zero, **case.zero)
+
+    def measure(trainer: dict[str, Any]) -> None:
+        taken.put(_measure(case, folder, trainer, lambda: make(WAITS)))
+
+    assert in_two_processes(measure, strategy=make) == [0, 0]
+    sender.send((predict(case, folder), max(taken.get(), taken.get())))
+
+
+def _measure(case: Case, folder: Path, trainer: dict[str, Any], again: Callable[[], Any] | None = None) -> float:
+    """MiB that training takes.
+
+    Args:
+        case: What is trained.
+        folder: Where its files are.
+        trainer: Options of the trainer.
+        again: Makes their strategy once more.
+    """
     from lightning.pytorch import Trainer
 
     def fit(case: Case, max_steps: int) -> None:
         module = case.module()
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
         options: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "use_distributed_sampler": False, "max_steps": max_steps}
-        Trainer(**quiet, **options, **case.trainer).fit(module, datamodule=case.make_data(module, folder))
+        Trainer(**quiet, **(options | trainer), **case.trainer).fit(module, datamodule=case.make_data(module, folder))
 
-    predicted = predict(case, folder)
     fit(replace(case, data=case.data | {"batch_size": 1}, trainer={}), 1)  # imports, and what libraries keep for good
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew (proc(5))
     before = _status("VmRSS")
-    fit(case, 2)
-    sender.send((predicted, _status("VmHWM") - before))
+    if again is not None:
+        trainer["strategy"] = again()
+    fit(case, 2 if case.zero is None else 3)  # in the third one, batches are accumulated beside states
+    return _status("VmHWM") - before
 
 
 def _status(name: str) -> float:

@@ -12,7 +12,11 @@ from torch import nn
 from encoders.audio_base import AudioEncoder
 from encoders.base import Encoder
 from encoders.image_base import ImageEncoder
+from encoders.tuning import Tune
+from models.language import LanguageModel
+from models.pretrained import PretrainedMLLM
 from planning.run import Plan, Run, plan_run
+from planning.zero import MASTERS
 
 Change = tuple[str, Run]
 """Flags of the command line, and the run with them."""
@@ -20,7 +24,7 @@ Change = tuple[str, Run]
 LEAST_GAIN = 0.02
 """A change that saves a smaller share of the memory is not worth its flag."""
 
-_HELD = ("weights", "optimizer", "gradients", "DDP", "gathered")
+_HELD = ("weights", "optimizer", "gradients", "DDP", "gathered", MASTERS)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,20 @@ class Advice:
     fits: bool
 
 
-def advise(run: Run, plan: Plan) -> list[Advice]:
+@dataclass(frozen=True)
+class Refused:
+    """A change that would be refused, as training would.
+
+    Args:
+        flags: What not to add to the command line.
+        why: The refusal.
+    """
+
+    flags: str
+    why: str
+
+
+def advise(run: Run, plan: Plan) -> tuple[list[Advice], list[Refused]]:
     """Changes that together let a run fit, those first that touch what takes most; all that help where they do not suffice.
 
     A feature cache is none of them: it is empty in the first epoch, which is the one that is planned.
@@ -46,22 +63,29 @@ def advise(run: Run, plan: Plan) -> list[Advice]:
     Args:
         run: A run.
         plan: Its plan.
+
+    Returns:
+        The changes, and those that were looked at and are refused.
     """
     advice: list[Advice] = []
-    while not plan.fits(run.device) and (taken := _first_that_helps(run, plan)) is not None:
+    refused: dict[str, str] = {}
+    while not plan.fits(run.device) and (taken := _first_that_helps(run, plan, refused)) is not None:
         flags, run, plan = taken
         advice.append(Advice(flags, plan.total, plan.fits(run.device)))
-    return advice
+    return advice, [Refused(flags, why) for flags, why in refused.items()]
 
 
-def _first_that_helps(run: Run, plan: Plan) -> tuple[str, Run, Plan] | None:
+def _first_that_helps(run: Run, plan: Plan, refused: dict[str, str]) -> tuple[str, Run, Plan] | None:
     of_weights = sum(size for kind, size in plan.memory.items() if kind.startswith(_HELD))
     kinds = [_less_activations(run, plan), _smaller_weights(run)]
     for kind in kinds[::-1] if of_weights > plan.total / 2 else kinds:
         for flags, changed in kind:
+            if flags in refused:
+                continue
             try:
                 planned = plan_run(changed)
-            except ValueError:  # the model refuses it: a network without blocks that could be computed again
+            except ValueError as error:  # such as that of a network without blocks that could be computed again
+                refused[flags] = str(error)
                 continue
             if planned.total < (1 - LEAST_GAIN) * plan.total:
                 return flags, changed, planned
@@ -71,11 +95,14 @@ def _first_that_helps(run: Run, plan: Plan) -> tuple[str, Run, Plan] | None:
 def _smaller_weights(run: Run) -> Iterator[Change]:
     """Fewer bytes at rest: first what changes no number, then what changes few, then what changes the method."""
     language_model, placement = run.model.model.language_model, run.placement
-    is_spread = placement.is_sharded or placement.split > 1
+    is_spread = placement.is_sharded or placement.split > 1 or placement.zero is not None
     is_frozen = language_model.tune.mode != "full"
     if placement.replicas > 1 and not is_spread and language_model.quantize is None:
         sharded = replace(placement, is_sharded=True, has_buckets=False)
         yield "--config configs/strategy/fsdp.yaml", replace(run, placement=sharded)
+    if placement.zero is not None and not placement.zero.offload_optimizer:
+        offloaded = replace(placement, zero=replace(placement.zero, offload_optimizer=True))
+        yield "--trainer.strategy.offload_optimizer true", replace(run, placement=offloaded)
     if is_frozen and language_model.dtype == "float32" and language_model.quantize is None:
         yield "--model.language_model.dtype bfloat16", _with_options(run, "language_model", dtype="bfloat16")
     for name, part in run.model.parts().items():
@@ -124,22 +151,28 @@ def _computed_again(run: Run, name: str) -> Iterator[Change]:
 
     Args:
         run: The run.
-        name: The part; one that is not there before the model is built is a stretch of a ready model, which has its options.
+        name: The part.
     """
-    parts = run.model.parts()
-    owner, options = (name, ["tune"]) if name in parts else ("language_model", ["vision_tune", "audio_tune"])
-    if owner != "language_model" and not isinstance(parts[owner], Encoder):
-        return
-    for option in options:
-        tune = vars(parts[owner])[option]
+    for owner, option, tune in _tunes(run, name):
         keeps = tune.mode != "frozen" or name == "language_model"  # gradients go through a frozen one to what lies before it
         if keeps and not tune.activation_checkpointing:
             changed = _with_options(run, owner, **{option: replace(tune, activation_checkpointing=True)})
             yield f"--model.{owner}.{option}.activation_checkpointing true", changed
 
 
+def _tunes(run: Run, name: str) -> Iterator[tuple[str, str, Tune]]:
+    """The options that may say what of a part is kept: whose they are, what they are called, and what they are."""
+    part, language_model = run.model.parts().get(name), run.model.model.language_model
+    if isinstance(part, Encoder | LanguageModel):
+        yield name, "tune", part.tune
+    elif part is None and isinstance(language_model, PretrainedMLLM):  # a stretch of a ready model, known when that is built
+        yield "language_model", "vision_tune", language_model.vision_tune
+        yield "language_model", "audio_tune", language_model.audio_tune
+
+
 def _with_options(run: Run, name: str, **options: Any) -> Run:
     """The run with other options of a part."""
     model = copy.deepcopy(run.model)
-    vars(model.parts()[name]).update(options)
+    for option, value in options.items():
+        setattr(model.parts()[name], option, value)
     return replace(run, model=model)

@@ -2,16 +2,21 @@
 
 import pydoc
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from torch import nn
 
 from lightning_modules.strategies import ShardedStrategy
+from lightning_modules.zero import ZeroPrecision, ZeroStrategy
 from models.parallel import check_not_quantised, tensor_plan
 from planning.outline import Outline
+from planning.precision import precision_of
+from planning.zero import Zero, gathered
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,14 @@ class Placement:
         split: Devices of a group, which split each layer between them (tensor parallelism).
         is_sharded: The replicas hold a shard of each layer, of its gradients and of the optimizer's state each (FSDP2).
         has_buckets: Gradients are copied to be summed up (DDP without `gradient_as_bucket_view`).
+        zero: What DeepSpeed's ZeRO keeps where; of stage 3 `is_sharded`, too.
     """
 
     replicas: int = 1
     split: int = 1
     is_sharded: bool = False
     has_buckets: bool = False
+    zero: Zero | None = None
 
     @property
     def share(self) -> float:
@@ -37,11 +44,16 @@ class Placement:
 
     def __str__(self) -> str:
         ways = []
-        if self.replicas > 1:
+        if self.zero is not None:
+            ways.append(f"ZeRO-{self.zero.stage} over {self.replicas}")
+        elif self.replicas > 1:
             ways.append(f"FSDP2 over {self.replicas}" if self.is_sharded else f"DDP, {self.replicas} replicas")
         if self.split > 1:
             ways.append(f"each layer split in {self.split}")
         return ", ".join(ways) or "one device"
+
+
+ONE_DEVICE = Placement()
 
 
 def placement_of(trainer: Namespace, world_size: int | None = None) -> Placement:
@@ -66,11 +78,16 @@ def placement_of(trainer: Namespace, world_size: int | None = None) -> Placement
         return Placement(world_size, has_buckets=world_size > 1 and not has_view)
     if isinstance(cls, type) and issubclass(cls, ShardedStrategy):
         return _sharded(options or Namespace(), world_size, trainer.num_nodes or 1)
+    if isinstance(cls, type) and issubclass(cls, ZeroStrategy):
+        names = ("stage", "offload_optimizer", "offload_parameters", "reduce_bucket_size")
+        zero = Zero(**{name: options[name] for name in names if options is not None and name in options})
+        ZeroPrecision(precision_of(trainer.get("precision")).precision)
+        return Placement(world_size, is_sharded=zero.stage == 3, zero=zero)
     if isinstance(cls, type) and issubclass(cls, SingleDeviceStrategy):
         return Placement()
     raise ValueError(
         f"trainer.strategy is {name}, of which plan does not know what it keeps where: it knows those of configs/strategy (DDP, "
-        "FSDP2, tensor parallelism; not DeepSpeed) and one device"
+        "FSDP2, tensor parallelism, ZeRO by ZeroStrategy) and one device"
     )
 
 
@@ -101,7 +118,7 @@ def check_placement(outline: Outline, placement: Placement) -> None:
     Raises:
         ValueError: A model cannot be spread so.
     """
-    if placement.is_sharded or placement.split > 1:
+    if placement.is_sharded or placement.split > 1 or placement.zero is not None:
         check_not_quantised(outline.module.model)
     if placement.split > 1:
         tensor_plan(outline.module.model.language_model)
@@ -111,21 +128,35 @@ def held_bytes(outline: Outline, placement: Placement) -> Counter[str]:
     """What a device holds at all times: weights by part, and what the strategy itself needs.
 
     Under FSDP2 two layers are gathered at a time, the one that runs and the next, and their gradients are whole until they are
-    scattered; what trains outside of the layers is whole during a step.
+    scattered; what trains outside of the layers is whole during a step. Of ZeRO-3 see `planning.zero.gathered`.
     """
     layers = [set(layer.parameters()) for layer in outline.module.model.language_model.decoder_layers]
-    inside = set().union(*layers)
     held: Counter[str] = Counter()
-    gathered = 0
+    whole = 0
     for weight, part in outline.weights.items():
-        size = outline.num_bytes(weight)
-        is_shard = placement.is_sharded and (weight in inside or weight.requires_grad)
-        held[part] += round(size / placement.replicas) if is_shard else size
-        gathered += size if is_shard and weight not in inside else 0
+        size, is_shard = outline.num_bytes(weight), _is_shard(weight, layers, placement)
+        on_host = is_shard and placement.zero is not None and placement.zero.offload_parameters
+        held[part] += 0 if on_host else round(size / placement.replicas) if is_shard else size
+        whole += size if is_shard and not any(weight in layer for layer in layers) else 0
     held["buffers"] = sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in outline.module.buffers()}.values())
-    if placement.is_sharded:
+    if placement.zero is not None and placement.is_sharded:
+        held["gathered layers"] = whole + gathered([[(x.numel(), outline.num_bytes(x)) for x in layer] for layer in layers])
+    elif placement.is_sharded:
         sizes = [sum(outline.num_bytes(x) * (2 if x.requires_grad else 1) for x in layer) for layer in layers]
-        held["gathered layers"] = gathered + 2 * max(sizes)
+        held["gathered layers"] = whole + 2 * max(sizes)
     if placement.has_buckets:
         held["DDP's buckets"] = sum(outline.num_bytes(weight) for weight in outline.weights if weight.requires_grad)
     return held
+
+
+def host_bytes(outline: Outline, placement: Placement) -> int:
+    """Bytes of its weights that a device has in the memory of the machine."""
+    if placement.zero is None or not placement.zero.offload_parameters:
+        return 0
+    layers = [set(layer.parameters()) for layer in outline.module.model.language_model.decoder_layers]
+    shards = [outline.num_bytes(weight) for weight in outline.weights if _is_shard(weight, layers, placement)]
+    return sum(shards) // placement.replicas
+
+
+def _is_shard(weight: nn.Parameter, layers: Sequence[set[nn.Parameter]], placement: Placement) -> bool:
+    return placement.is_sharded and (weight.requires_grad or any(weight in layer for layer in layers))

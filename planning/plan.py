@@ -36,7 +36,7 @@ def plan(setup: "Setup", device: str | None = None, world_size: int | None = Non
     placement = placement_of(setup.trainer, world_size)
     run = Run(setup.model, setup.datamodule, setup.trainer, placement, find_device(device))
     planned = plan_run(run)
-    advice = [] if planned.fits(run.device) else advise(run, planned)
+    advice, refused = ([], []) if planned.fits(run.device) else advise(run, planned)
     if json is not None:
-        write_text(Path(json), as_json(run, planned, advice))
-    show_plan(run, planned, advice)
+        write_text(Path(json), as_json(run, planned, advice, refused))
+    show_plan(run, planned, advice, refused)

@@ -10,8 +10,9 @@ from planning.blank_rows import blank_batch
 from planning.devices import GIB, Device
 from planning.epoch import Epoch, open_rows, plan_epoch
 from planning.outline import make_outline
-from planning.placement import Placement, check_placement, held_bytes
-from planning.step import precision_of, run_step
+from planning.placement import Placement, check_placement, held_bytes, host_bytes
+from planning.precision import precision_of
+from planning.step import run_step
 
 if TYPE_CHECKING:
     from datamodules.loading import RowDataModule
@@ -69,6 +70,7 @@ class Plan:
         memory: Bytes on a device at the peak, by what they are for.
         flops: Operations of the largest batch, on a device.
         epoch_flops: Operations of an epoch, on all devices, as if each token took as many as those of the largest batch.
+        on_host: Bytes that a device has in the memory of the machine instead, by an option of the strategy; by kind.
     """
 
     parts: tuple[Part, ...]
@@ -76,6 +78,7 @@ class Plan:
     memory: Counter[str]
     flops: int
     epoch_flops: float
+    on_host: Counter[str]
 
     @property
     def total(self) -> int:
@@ -100,12 +103,13 @@ def plan_run(run: Run) -> Plan:
     outline = make_outline(run.model, precision, on_cpu, placement.split)
     check_placement(outline, placement)
     held = held_bytes(outline, placement)
-    cost, flops_a_place = Counter[str](), 0.0
+    cost, flops_a_place, on_host = Counter[str](), 0.0, Counter[str]()
     for planned in dict.fromkeys((epoch.largest[0], epoch.most_encoded)):
         batch = blank_batch(dataset, planned.keys)
-        step = run_step(outline, batch, precision, run.accumulated > 1, placement.share, on_cpu)
+        step = run_step(outline, batch, precision, run.accumulated > 1, placement, on_cpu)
         flops_a_place = max(flops_a_place, step.flops / planned.places)
         cost = max(cost, step.at_peak, key=lambda own: sum(own.values()))
+        on_host = step.on_host
     names = set(outline.weights.values())
     memory = Counter({f"weights of {name}" if name in names else name: size for name, size in held.items()})
     memory.update(cost)
@@ -118,4 +122,5 @@ def plan_run(run: Run) -> Plan:
         memory=Counter({name: size for name, size in memory.items() if size}),
         flops=round(flops_a_place * epoch.largest[0].places),
         epoch_flops=flops_a_place * epoch.places * placement.split,
+        on_host=on_host + Counter({"weights": host_bytes(outline, placement)}),
     )

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from datamodules.batch import RowError
-from planning.advice import Advice
+from planning.advice import Advice, Refused
 from planning.devices import GIB
 from planning.epoch import PlannedBatch
 from planning.run import Plan, Run
@@ -19,13 +19,16 @@ MOST_IDS = 8
 """Rows of a batch that are named."""
 
 
-def show_plan(run: Run, plan: Plan, advice: Sequence[Advice], console: "Console | None" = None) -> None:
+def show_plan(
+    run: Run, plan: Plan, advice: Sequence[Advice], refused: Sequence[Refused] = (), console: "Console | None" = None
+) -> None:
     """Shows a plan.
 
     Args:
         run: What was planned.
         plan: The plan.
         advice: What would let it fit.
+        refused: What was looked at for that, and is refused.
         console: Where to; None: standard output.
     """
     from rich import get_console
@@ -37,11 +40,13 @@ def show_plan(run: Run, plan: Plan, advice: Sequence[Advice], console: "Console 
     console.print(Text(verdict(run, plan), "bold"), soft_wrap=True)
     for change in advice:
         console.print(Text(f"  {change.flags}  -> {readable(change.total)}{' fits' if change.fits else ''}"), soft_wrap=True)
+    for no in refused:
+        console.print(Text(f"  {no.flags}  is refused: {no.why}", "dim"), soft_wrap=True)
     console.print(Text(f"\n{epoch_facts(run, plan)}\n{compute_facts(run, plan)}"), soft_wrap=True)
     console.print(_batches(run, plan))
 
 
-def as_json(run: Run, plan: Plan, advice: Sequence[Advice]) -> str:
+def as_json(run: Run, plan: Plan, advice: Sequence[Advice], refused: Sequence[Refused] = ()) -> str:
     """A plan as JSON, all sizes in bytes."""
     epoch = {name: value for name, value in vars(plan.epoch).items() if name not in ("largest", "most_encoded")}
     report: dict[str, Any] = {
@@ -50,8 +55,10 @@ def as_json(run: Run, plan: Plan, advice: Sequence[Advice]) -> str:
         "parts": [asdict(part) for part in plan.parts],
         "memory": dict(plan.memory.most_common()),
         "total": plan.total,
+        "on_host": dict(plan.on_host.most_common()),
         "fits": plan.fits(run.device),
         "advice": [asdict(change) for change in advice],
+        "refused": [asdict(change) for change in refused],
         "epoch": epoch,
         "flops": plan.flops,
         "epoch_flops": plan.epoch_flops,
@@ -125,6 +132,8 @@ def _memory(plan: Plan) -> "Table":
     if small:
         table.add_row("the rest", readable(small), f"{100 * small / plan.total:.0f} %")
     table.add_row("at the peak", readable(plan.total), "", style="bold")
+    if plan.on_host:
+        table.add_row("in the machine's memory, for each device", readable(plan.on_host.total()), "")
     return table
 
 

@@ -4,20 +4,19 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_map
 
 from datamodules.batch import MODALITIES, Batch
 from encoders.base import Part
-from lightning_modules.optim import parameter_groups
 from models.language import LanguageModel
 from models.view import View
-from planning.allocations import GRADIENTS, Allocations
+from planning.allocations import Allocations
+from planning.gradients import STATES, Gradients, apart
 from planning.outline import Outline
-
-STATES, UPDATE = "optimizer states", "the optimizer's step"
+from planning.placement import ONE_DEVICE, Placement
+from planning.zero import ZeroGradients
 
 
 @dataclass(frozen=True)
@@ -27,34 +26,21 @@ class StepCost:
     Args:
         at_peak: Bytes that it allocates, when these are the most, by kind; with gradients and the optimizer's state.
         flops: Floating-point operations.
+        on_host: Bytes of gradients and the optimizer's state that a device has in the memory of the machine, by kind.
     """
 
     at_peak: Counter[str]
     flops: int
-
-
-def precision_of(name: Any) -> Precision:
-    """Lightning's plugin of `trainer.precision`.
-
-    Raises:
-        ValueError: It is not known here.
-    """
-    match str(name or "32-true"):
-        case "32" | "32-true":
-            return Precision()
-        case "bf16" | "bf16-mixed":
-            return MixedPrecision("bf16-mixed", "cpu")
-        case "16" | "16-mixed":
-            return MixedPrecision("16-mixed", "cpu")
-        case "bf16-true":
-            return HalfPrecision("bf16-true")
-        case "16-true":
-            return HalfPrecision("16-true")
-    raise ValueError(f"trainer.precision is {name}: plan knows 32-true, bf16-mixed, 16-mixed, bf16-true and 16-true")
+    on_host: Counter[str]
 
 
 def run_step(
-    outline: Outline, batch: Batch, precision: Precision, accumulates: bool = False, share: float = 1.0, on_cpu: bool = False
+    outline: Outline,
+    batch: Batch,
+    precision: Precision,
+    accumulates: bool = False,
+    placement: Placement = ONE_DEVICE,
+    on_cpu: bool = False,
 ) -> StepCost:
     """Runs a step, after another one: gradients of that are there until the backward pass begins, states from then on.
 
@@ -63,38 +49,38 @@ def run_step(
         batch: The batch, of real tensors or fake ones.
         precision: Lightning's plugin.
         accumulates: A step has several batches: this is its last one.
-        share: What a device has of gradients and states.
+        placement: How the model is spread over devices, which says what a device has of gradients and states.
         on_cpu: It is to run on a CPU, where optimizers take one weight after the other.
     """
     module = outline.module
     allocations = Allocations(outline.mode, module.model.language_model.config.get_text_config().vocab_size)
     allocations.forget([*module.parameters(), *module.buffers()])
-    trainable = [weight for weight in outline.weights if weight.requires_grad]
-    optimizer: Optimizer = module.optimizer(parameter_groups(module.parts()))
+    gradients = _gradients(outline, allocations, accumulates, placement, on_cpu)
     batch = _faked(precision.convert_input(batch), outline, allocations)
     hooks = [hook for name, part in module.parts().items() for hook in _name_kind(allocations, name, part)]
+    gradients.update()
+    states = allocations.held[STATES]
     with allocations:
-        with allocations.kept_for(GRADIENTS, share), outline.mode:
-            for weight in trainable:
-                weight.grad = weight.new_empty(weight.shape)
-        allocations.watch_gradients(trainable, share)
-        _update(optimizer, allocations, share, on_cpu)
-        states = allocations.held[STATES]
         with precision.forward_context():
             result = module.step(batch, "train")
         assert result is not None, "the batch has rows"
-        if not accumulates:
-            optimizer.zero_grad()
+        gradients.begin()
         with allocations.kept_for("backward pass"):
             result[0].sum().backward()  # an objective may have several terms
+        gradients.end()
     for hook in hooks:
         hook.remove()
-    at_peak = allocations.at_peak.copy()
-    at_peak[UPDATE] = at_peak[STATES] - states
-    at_peak[STATES] = states
+    at_peak = apart(allocations.at_peak, states)
     at_peak["batch"] = sum(x.untyped_storage().nbytes() for x in tree_flatten(batch)[0] if isinstance(x, Tensor))
-    optimizer.zero_grad()
-    return StepCost(Counter({kind: round(size) for kind, size in at_peak.items() if round(size) > 0}), allocations.flops)
+    gradients.optimizer.zero_grad()
+    return StepCost(at_peak, allocations.flops, gradients.on_host)
+
+
+def _gradients(outline: Outline, allocations: Allocations, accumulates: bool, placement: Placement, on_cpu: bool) -> Gradients:
+    if placement.zero is None:
+        return Gradients(outline, allocations, accumulates, on_cpu, placement.share)
+    is_on_cpu = on_cpu or placement.zero.offload_optimizer
+    return ZeroGradients(outline, allocations, accumulates, is_on_cpu, zero=placement.zero, number=placement.replicas)
 
 
 def _faked(batch: Batch, outline: Outline, allocations: Allocations) -> Any:
@@ -106,20 +92,6 @@ def _faked(batch: Batch, outline: Outline, allocations: Allocations) -> Any:
     faked = {name: tree_map(fake, value) if name in MODALITIES else value for name, value in batch.items()}
     allocations.forget(x for x in tree_flatten(faked)[0] if isinstance(x, Tensor))
     return faked
-
-
-def _update(optimizer: Optimizer, allocations: Allocations, share: float, on_cpu: bool) -> None:
-    """Steps an optimizer: off a CPU with all weights at once where it may; a fused one needs nothing besides its state."""
-    is_fused = False
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            group["fused"], is_fused = False, True
-        elif "foreach" in group and group["foreach"] is None:
-            group["foreach"] = not on_cpu
-    with allocations.kept_for(STATES, share):
-        optimizer.step()
-    if is_fused:
-        allocations.forget_peak()
 
 
 def _name_kind(allocations: Allocations, name: str, part: Part) -> list[Any]:

@@ -21,7 +21,7 @@ def ddp(timeout: timedelta) -> Strategy:
     return DDPStrategy(process_group_backend="gloo", timeout=timeout)
 
 
-def zero(timeout: timedelta, **options: Any) -> "ZeroStrategy":
+def zero(timeout: timedelta, reduce_bucket_size: int = 1000, **options: Any) -> "ZeroStrategy":
     """The product's strategy, which takes GPUs alone, on the CPU: what it does differently concerns the device."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported
     import deepspeed
@@ -43,7 +43,7 @@ def zero(timeout: timedelta, **options: Any) -> "ZeroStrategy":
             self.set_world_ranks()
             self._init_deepspeed_distributed()
 
-    return OnCPU(process_group_backend="gloo", timeout=timeout, reduce_bucket_size=1000, **options)
+    return OnCPU(process_group_backend="gloo", timeout=timeout, reduce_bucket_size=reduce_bucket_size, **options)
 
 
 def in_two_processes(

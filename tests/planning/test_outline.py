@@ -21,7 +21,8 @@ from models.language import LanguageModel
 from planning.allocations import GRADIENTS
 from planning.outline import make_outline
 from planning.placement import Placement, check_placement, held_bytes
-from planning.step import STATES, StepCost, precision_of, run_step
+from planning.precision import precision_of
+from planning.step import STATES, StepCost, run_step
 from tests.lightning_modules.run_fakes import make_data, write_rows
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -99,7 +100,8 @@ def test_a_step_in_numbers(tmp_path: Path, tiny_llm: Path) -> None:
     number = 2 * 32000 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
     assert outline.counts(trainable=True).total() == number
     batch = text_batch(num_rows=3, length=400)
-    whole, quarter = (run_step(outline, batch, PRECISION, accumulates=True, share=share) for share in (1.0, 0.25))
+    ways = (Placement(), Placement(4, is_sharded=True))
+    whole, quarter = (run_step(outline, batch, PRECISION, accumulates=True, placement=way) for way in ways)
     assert whole.at_peak[GRADIENTS] == 4 * number
     assert whole.at_peak[STATES] == pytest.approx(8 * number, rel=1e-3)
     assert quarter.at_peak[STATES] == pytest.approx(2 * number, rel=1e-3)

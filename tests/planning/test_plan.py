@@ -56,3 +56,15 @@ def test_neither_weights_nor_media_are_read(tmp_path: Path, sizes: None, monkeyp
     with pytest.raises(AssertionError, match="was decoded"):
         main(["inspect", "--config", TINY])
     assert planned(path=tmp_path / "plan.json")["total"] > 0
+
+
+def test_under_zero(tmp_path: Path, sizes: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the overlay keeps in the memory of the machine is a line of its own."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install -r requirements-deepspeed.txt")
+    overlay = ("--config", "configs/strategy/deepspeed_zero2.yaml", "--world_size", "2", "--trainer.precision", "32-true")
+    plan = planned(*overlay, path=tmp_path / "plan.json")
+    offloaded = planned(*overlay, "--trainer.strategy.offload_optimizer", "true", path=tmp_path / "plan.json")
+    assert plan["memory"][STATES] == offloaded["on_host"][STATES] and STATES not in offloaded["memory"] and not plan["on_host"]
+    shown = capsys.readouterr().out.splitlines()
+    [line] = [line for line in shown if "in the machine's memory, for each device" in line]
+    assert "ZeRO-2 over 2" in "".join(shown) and line.split()[-2] == f"{sum(offloaded['on_host'].values()) / 2**20:,.2f}"
