@@ -182,6 +182,9 @@ def _locate(source: str, media_root: MediaRoot) -> tuple[Path, os.stat_result]:
     name, root = media_name(source), media_root.path
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", source):
         raise MediaError(f"{name} is a URL, and media must be local: download it, and give its path below media_root = {root}")
+    plain = _look_along(str(root), source)
+    if plain is not None and stat.S_ISREG(plain.st_mode):
+        return root / source, plain
     if Path(source).is_absolute():
         raise MediaError(f"{name} is an absolute path: give the path below media_root = {root}")
     try:
@@ -197,6 +200,27 @@ def _locate(source: str, media_root: MediaRoot) -> tuple[Path, os.stat_result]:
     if not stat.S_ISREG(status.st_mode):
         raise MediaError(f"{name} is {'a folder' if path.is_dir() else 'not a regular file'}: expected a file at {path}")
     return path, status
+
+
+def _look_along(root: str, source: str) -> os.stat_result | None:
+    """What lies at a source whose names are all plain, so that neither a symlink nor `..` leads it elsewhere.
+
+    Each name below the root is looked at once, where `os.path.realpath` looks at those of the root as well. None: there is
+    nothing, or a name is not plain.
+    """
+    names = source.split("/")
+    if "\\" in source or not {"", ".", ".."}.isdisjoint(names):
+        return None
+    here, status = root, None
+    try:
+        for name in names:
+            here = f"{here}/{name}"
+            status = os.lstat(here)
+            if stat.S_ISLNK(status.st_mode):
+                return None
+    except (OSError, ValueError):
+        return None
+    return status
 
 
 def _other_suffix(path: Path) -> str:

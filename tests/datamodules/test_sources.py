@@ -1,6 +1,7 @@
 import base64
 import os
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,27 @@ def test_a_root_reached_by_a_symlink_is_a_root(root: MediaRoot) -> None:
     link = root.path.parent / "link"
     link.symlink_to(root.path)
     assert resolve("cat.jpg", MediaRoot(link), "image", max_bytes=5) == root.path / "cat.jpg"
+
+
+def test_a_path_is_what_the_system_makes_of_it(root: MediaRoot) -> None:
+    (root.path / "sub" / "up").symlink_to("..")
+    (root.path / "out").symlink_to("../..")
+    (root.path / "sub" / "cat.jpg").symlink_to("../cat.jpg")
+    draw, found = random.Random(5), set()
+    for _ in range(3000):
+        names = draw.choices(
+            ["", ".", "..", "sub", "up", "out", "root", "cat.jpg", "dog.png", "a\\b", "secret.jpg"], k=draw.randint(1, 5)
+        )
+        source, path = "/".join(names), Path(os.path.realpath("/".join([str(root.path), *names])))
+        if source.startswith("/") or not path.is_relative_to(root.path) or not path.is_file():
+            with pytest.raises(MediaError):
+                resolve(source, root, "image", max_bytes=5)
+        else:
+            assert resolve(source, root, "image", max_bytes=5) == path
+            found.add(source)
+    assert len(found) > 20
+    found_from_top = resolve(str(root.path / "cat.jpg")[1:], MediaRoot(Path("/")), "image", max_bytes=5)
+    assert str(found_from_top) == str(root.path / "cat.jpg")
 
 
 def test_a_fifo_is_refused_without_waiting_for_it(root: MediaRoot) -> None:
