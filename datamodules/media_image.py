@@ -160,7 +160,11 @@ def _orientation(image: ImageFile) -> int:
     if isinstance(image, TiffImageFile):
         return 1  # Pillow turns these itself, and gives the size after the turn
     try:
-        exif = Image.Image.getexif(image)  # the method of PngImageFile would decode the pixels
+        if isinstance(image, JpegImageFile):
+            exif = Image.Exif()  # that of the image was made as it was opened, and from XMP too
+            exif.load(image.info.get("exif", b""))
+        else:
+            exif = Image.Image.getexif(image)  # the method of PngImageFile would decode the pixels
         if not exif and isinstance(image, PngImageFile):
             exif.load(_find_png_exif(image))
         orientation = exif.get(ExifTags.Base.Orientation)

@@ -244,6 +244,19 @@ def test_orientation_may_follow_the_pixels_of_a_png(tmp_path: Path) -> None:
     assert probe_image("picture", MediaRoot(tmp_path), LIMITS) == (3, 1)
 
 
+@pytest.mark.parametrize("with_exif", [False, True])
+def test_the_orientation_of_xmp_is_not_read(tmp_path: Path, with_exif: bool) -> None:
+    xmp = b"http://ns.adobe.com/xap/1.0/\0" + b'<rdf:Description tiff:Orientation="6"/>'
+    exif = b"Exif\0\0" + exif_of(1).replace(struct.pack(">H", 274), struct.pack(">H", 296))  # the unit of the resolution
+    file = io.BytesIO()
+    Image.new("RGB", (16, 8)).save(file, "JPEG")
+    parts = [b"\xff\xe1" + struct.pack(">H", 2 + len(data)) + data for data in ([exif] if with_exif else []) + [xmp]]
+    tables = file.getvalue().index(b"\xff\xdb")  # after JFIF's density, in whose absence Pillow looks into Exif at once
+    source = put(tmp_path, b"".join([b"\xff\xd8", *parts, file.getvalue()[tables:]]))
+    assert decode_image(source, MediaRoot(tmp_path), LIMITS).size == (16, 8)
+    assert probe_image(source, MediaRoot(tmp_path), LIMITS) == (8, 16)
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"", b"nonsense", exif_of(6)[:15], b"MM\0*\xff\xff\xff\xff", exif_of(0), exif_of(9)])
 def test_unreadable_exif_says_nothing(tmp_path: Path, exif: bytes) -> None:
