@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
@@ -21,6 +22,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from datamodules.jpeg_header import ImageHeader, read_jpeg_header
 from datamodules.sources import MediaError, MediaRoot, as_file, media_name, resolve
 
 IMAGE_FORMATS: dict[str, tuple[re.Pattern[bytes], type[ImageFile]]] = {
@@ -92,9 +94,15 @@ def probe_image(source: str, media_root: MediaRoot, limits: ImageLimits) -> tupl
     Raises:
         MediaError: The source cannot be used, or its header cannot be read.
     """
-    with _open_image(source, media_root, limits) as image:
-        width, height = image.size
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+    with _open_file(source, media_root, limits) as file:
+        name = media_name(source)
+        header = read_jpeg_header(file)
+        if header is None:
+            image = _open_image(file, name, limits)
+            header = ImageHeader(*image.size, _orientation(image))
+        else:
+            _check_size(header.width, header.height, name, limits)
+    return (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
 
 
 def decode_image(source: str, media_root: MediaRoot, limits: ImageLimits) -> Image.Image:
@@ -106,11 +114,13 @@ def decode_image(source: str, media_root: MediaRoot, limits: ImageLimits) -> Ima
     Raises:
         MediaError: The source cannot be used, or is not an image that can be decoded whole.
     """
-    with _open_image(source, media_root, limits) as image:
+    with _open_file(source, media_root, limits) as file:
+        name = media_name(source)
+        image = _open_image(file, name, limits)
         turn = _TURNS.get(_orientation(image))
-        _fit_transparent_colour(image, media_name(source))
+        _fit_transparent_colour(image, name)
         image.load()
-        rgb = _to_rgb(image, media_name(source))
+        rgb = _to_rgb(image, name)
         if turn is not None:
             rgb = rgb.transpose(turn)
     rgb.info.clear()  # it still holds the orientation, which is applied now
@@ -118,26 +128,31 @@ def decode_image(source: str, media_root: MediaRoot, limits: ImageLimits) -> Ima
 
 
 @contextmanager
-def _open_image(source: str, media_root: MediaRoot, limits: ImageLimits) -> Iterator[ImageFile]:
-    """Yields the image with its header read and checked; what Pillow then raises for its file is a `MediaError`."""
+def _open_file(source: str, media_root: MediaRoot, limits: ImageLimits) -> Iterator[BinaryIO]:
+    """Yields the file of a source; what is then raised of it is a `MediaError`."""
     name = media_name(source)
-    found = resolve(source, media_root, "image", limits.max_bytes)
-    with as_file(found, name) as file:
-        head = file.read(32)
-        reader = next((reader for pattern, reader in IMAGE_FORMATS.values() if pattern.match(head)), None)
-        if reader is None:
-            raise MediaError(
-                f"{name} is not an image: its first bytes are {_describe(head)}; expected {', '.join(IMAGE_FORMATS)}"
-            )
+    with as_file(resolve(source, media_root, "image", limits.max_bytes), name) as file:
         try:
-            file.seek(0)
-            image = reader(file)
-            _check_header(image, name, limits)
-            yield image
+            yield file
         except MediaError:
             raise
         except _DAMAGE as error:
             raise MediaError(f"{name} is truncated or damaged: {error or type(error).__name__}") from error
+
+
+def _open_image(file: BinaryIO, name: str, limits: ImageLimits) -> ImageFile:
+    """Pillow's picture of a file, with its header read and checked."""
+    file.seek(0)
+    head = file.read(32)
+    reader = next((reader for pattern, reader in IMAGE_FORMATS.values() if pattern.match(head)), None)
+    if reader is None:
+        raise MediaError(f"{name} is not an image: its first bytes are {_describe(head)}; expected {', '.join(IMAGE_FORMATS)}")
+    file.seek(0)
+    image = reader(file)
+    _check_size(*image.size, name, limits)
+    if image.mode == "F":
+        raise MediaError(f"{name} has floating-point pixels, whose range is not known: convert it to 8 or 16 bit")
+    return image
 
 
 def _describe(head: bytes) -> str:
@@ -145,12 +160,9 @@ def _describe(head: bytes) -> str:
     return f"text ({head.decode('ascii')!r})" if is_text else repr(head)
 
 
-def _check_header(image: ImageFile, name: str, limits: ImageLimits) -> None:
-    width, height = image.size
+def _check_size(width: int, height: int, name: str, limits: ImageLimits) -> None:
     if width * height > limits.max_pixels:
         raise MediaError(f"{name} is {height} x {width} = {height * width:,} pixels, above max_pixels = {limits.max_pixels:,}")
-    if image.mode == "F":
-        raise MediaError(f"{name} has floating-point pixels, whose range is not known: convert it to 8 or 16 bit")
 
 
 def _orientation(image: ImageFile) -> int:
