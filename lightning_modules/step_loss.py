@@ -124,13 +124,13 @@ class StepLoss:
         """
         trained = [parameter for parameter in parameters if parameter.grad is not None]
         gradients = [local(parameter.grad) for parameter in trained if parameter.grad is not None]
-        ended = self._end(trainer, _num_broken(gradients))
-        if ended is None:
+        loss, count = self._end(trainer, _num_broken(gradients))
+        if count is None:
             for parameter in trained:
                 parameter.grad = None
-        elif ended[1]:
-            torch._foreach_mul_(gradients, trainer.world_size / ended[1])
-        return ended[0] if ended is not None and ended[1] else None
+        elif count:
+            torch._foreach_mul_(gradients, trainer.world_size / count)
+        return loss
 
     def end(self, trainer: Trainer, was_applied: bool) -> Tensor | None:
         """Ends a step that an engine has made, or left out, and begins a new one.
@@ -145,11 +145,10 @@ class StepLoss:
         Raises:
             ValueError: The same.
         """
-        ended = self._end(trainer, torch.tensor([float(not was_applied)]))
-        return ended[0] if ended is not None and ended[1] else None
+        return self._end(trainer, torch.tensor([float(not was_applied)]))[0]
 
-    def _end(self, trainer: Trainer, num_broken: Tensor) -> tuple[Tensor, float] | None:
-        """The mean loss of the step and its first count, over all processes; None: it is not finite, and left out."""
+    def _end(self, trainer: Trainer, num_broken: Tensor) -> tuple[Tensor | None, float | None]:
+        """What `divide` returns, and the step's first count over all processes; None: it is not finite, and left out."""
         nothing = torch.zeros(2, self._num_terms, device=trainer.strategy.root_device)
         sums = torch.stack([nothing, *self._sums]).sum(0).flatten()
         # the gradients of float16 overflow now and then: its scaler sees that, and leaves the step out
@@ -166,7 +165,8 @@ class StepLoss:
         elif counts[0]:
             self.non_finite.passed()
         self.reset()
-        return (sums.new_tensor(loss), counts[0]) if is_finite else None
+        count = counts[0] if is_finite else None
+        return sums.new_tensor(loss) if count else None, count
 
 
 def _num_broken(gradients: Sequence[Tensor]) -> Tensor:
