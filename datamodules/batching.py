@@ -5,7 +5,10 @@ from typing import Literal
 
 import numpy as np
 
-from datamodules.packing import Packs, RowSizes, balance, from_lists, pack, similar_lengths
+from datamodules.packing import Packs, RowSizes, balance, from_lists, halve, pack, similar_lengths
+
+_TRIES = 4
+"""Orders in which rows are put together anew where they needed too many packs."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +36,55 @@ class Batching:
             if value is not None and value < least:
                 raise ValueError(f"data.batching.{name} must be at least {least}, got {value}")
 
-    def units(self, sizes: RowSizes, group_size: int, seed: int) -> Packs:
-        """The packs or groups of rows that stand in an order, and the order in which batches take them.
-
-        A pure function: the same on all processes, and for every number of them with the same `group_size`.
+    def packs(self, sizes: RowSizes, most: int | None = None) -> Packs:
+        """The packs or groups of rows that stand in an order.
 
         Args:
             sizes: Of each row, in the order of the epoch.
-            group_size: Units of a batch, on all processes together: they cost about the same.
-            seed: Draws the order of the batches.
+            most: So many are wanted at most: where there are more, the rows are put together anew, and not by windows. There may
+                be more in the end, if the rows do not fit; None: any number.
         """
         assert self.kind != "rows", "each row is a unit of its own"
+        num_rows = len(sizes.tokens_R)
+        packs = self._in_windows(sizes, np.arange(num_rows), self.window)
+        for seed in range(_TRIES):
+            if most is None or len(packs) <= most:
+                break
+            again = self._in_windows(sizes, np.random.default_rng(seed).permutation(num_rows), num_rows)
+            packs = min(packs, again, key=len)
+        return packs
+
+    def _in_windows(self, sizes: RowSizes, order_R: np.ndarray, window: int) -> Packs:
         make = pack if self.kind == "packed" else similar_lengths
         lists: list[np.ndarray] = []
-        for start in range(0, len(sizes.tokens_R), self.window):
-            rows = np.arange(start, min(start + self.window, len(sizes.tokens_R)))
+        for start in range(0, len(order_R), window):
+            rows = order_R[start : start + window]
             lists += [rows[unit] for unit in make(sizes.take(rows), self.max_tokens, self.max_encoded).lists()]
-        order = balance(pack_costs(from_lists(lists), sizes), group_size, np.random.default_rng(seed))
+        return from_lists(lists)
+
+    def units(self, packs: Packs, sizes: RowSizes, num_units: int, step_size: int, seed: int) -> Packs:
+        """Packs in the order in which batches take them, some of them halved so that there are as many as in any epoch.
+
+        A pure function: the same on all processes, and for every number of them with the same `step_size`.
+
+        Args:
+            packs: Of an epoch.
+            sizes: Of each row, in the order of the epoch.
+            num_units: Packs of each epoch.
+            step_size: Packs of an optimizer step, on all processes together: they cost about the same.
+            seed: Draws the order, and which packs are halved.
+        """
+        generator = np.random.default_rng(seed)
+        lists = halve(packs.lists(), num_units, generator)
+        order = balance(pack_costs(from_lists(lists), sizes), step_size, generator)
         return from_lists([lists[unit] for unit in order.tolist()])
+
+    def shares(self, sizes: RowSizes) -> np.ndarray:
+        """The share of a unit that each row takes at least, whatever it is put together with."""
+        shares_R = np.maximum(sizes.tokens_R, 1) / self.max_tokens
+        if self.max_encoded is not None:
+            shares_R = np.maximum(shares_R, sizes.encoded_R / self.max_encoded)
+        return np.minimum(shares_R, 1.0)
 
 
 def pack_costs(packs: Packs, sizes: RowSizes) -> np.ndarray:

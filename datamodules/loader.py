@@ -16,9 +16,10 @@ from datamodules.cache import CacheOptions
 from datamodules.collate import Collate
 from datamodules.judgements import Judgements
 from datamodules.packing import RowSizes
+from datamodules.portion import Portion
 from datamodules.row_dataset import RowDataset
 from datamodules.row_sizes import row_sizes
-from datamodules.sampler import GlobalBatches, Portion, RowSampler
+from datamodules.sampler import GlobalBatches, RowSampler
 from datamodules.skipped import SkippedRows
 from datamodules.step_counts import Counts, count_ahead
 

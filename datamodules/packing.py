@@ -179,6 +179,23 @@ def similar_lengths(sizes: RowSizes, max_tokens: int, max_encoded: int | None = 
     return from_lists([group for group in groups if group])
 
 
+def halve(lists: Sequence[np.ndarray], num_packs: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """Halves packs, drawn at random, until there are so many, or each holds one row.
+
+    Args:
+        lists: The rows of each pack.
+        num_packs: Packs that are wanted.
+        generator: Draws them.
+    """
+    lists = list(lists)
+    while len(lists) < num_packs and (several := [place for place, rows in enumerate(lists) if len(rows) > 1]):
+        for place in generator.permutation(several)[: num_packs - len(lists)].tolist():
+            rows = lists[place]
+            lists[place] = rows[::2]
+            lists.append(rows[1::2])
+    return lists
+
+
 def balance(costs_P: np.ndarray, group_size: int, generator: np.random.Generator) -> np.ndarray:
     """An order of packs in which each stretch of `group_size` holds packs of like cost, the stretches in random order.
 

@@ -3,62 +3,26 @@
 Shape suffixes: R rows of an epoch, in their order; 2 row and epoch, as in `RowKey`; U units.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from datamodules.batching import Batching
-from datamodules.packing import RowSizes
+from datamodules.packing import Packs, RowSizes
+from datamodules.portion import Portion, generator
 from datamodules.row_dataset import RowKey
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Portion:
-    """What each epoch takes of a source: the next stretch of its endless sequence of passes.
-
-    A pass has each row once. So no row comes a third time before each has come twice, whatever the weight, and each epoch
-    takes as many rows as the one before.
-
-    Args:
-        num_rows: Rows of the source.
-        weight: Passes an epoch; the rows of an epoch are rounded to a whole number, at least 1.
-        seed: Seed of the order of the passes that epochs begin or end in the middle of.
-    """
-
-    num_rows: int
-    weight: float = 1.0
-    seed: int = 0
-
-    @property
-    def num_rows_an_epoch(self) -> int:
-        """Rows that each epoch takes."""
-        return max(1, math.floor(self.weight * self.num_rows + 0.5))
-
-    def rows(self, epoch: int, shuffle: bool) -> Tensor:
-        """Rows and passes keys_R2 of an epoch, not yet mixed.
-
-        Args:
-            epoch: Counted from 0.
-            shuffle: Draw which rows come first in a pass; False: those that do in the file.
-        """
-        first, end = epoch * self.num_rows_an_epoch, (epoch + 1) * self.num_rows_an_epoch
-        stretches = []
-        for number in range(first // self.num_rows, -(-end // self.num_rows)):
-            begin = number * self.num_rows
-            places = slice(max(first - begin, 0), min(end - begin, self.num_rows))
-            is_whole = places == slice(0, self.num_rows)
-            rows_R = self._order(number) if shuffle and not is_whole else torch.arange(self.num_rows)
-            stretches.append(torch.stack([rows_R[places], torch.full_like(rows_R[places], number)], dim=1))
-        return torch.cat(stretches)
-
-    def _order(self, number: int) -> Tensor:
-        return torch.randperm(self.num_rows, generator=_generator(self.seed, number))
+_MOST_PLANNED = 16
+"""Epochs of a file in its order that are packed ahead, to see how many packs they need."""
 
 
 class RowSampler(Sampler[RowKey]):
@@ -114,9 +78,26 @@ class RowSampler(Sampler[RowKey]):
         )
         if self.shuffle:
             # a generator of its own: the global one serves the model, and resumes from a checkpoint
-            return keys_R2[torch.randperm(len(keys_R2), generator=_generator(self.seed, epoch))]
+            return keys_R2[torch.randperm(len(keys_R2), generator=generator(self.seed, epoch))]
         sizes = [portion.num_rows_an_epoch for portion in self.portions]
         return keys_R2[torch.cat([(torch.arange(size) + 0.5) / size for size in sizes]).argsort(stable=True)]
+
+    def most(self, values_R: np.ndarray) -> float:
+        """What values of the rows of an epoch add up to at most, as good as certainly (4 standard deviations above the mean).
+
+        Args:
+            values_R: Of the rows of the dataset.
+        """
+        ends = np.cumsum([portion.num_rows for portion in self.portions])
+        parts = zip(self.portions, np.split(values_R, ends[:-1]), strict=True)
+        means, variances = zip(*(portion.expected(own_R, self.shuffle) for portion, own_R in parts), strict=True)
+        return sum(means) + 4 * math.sqrt(sum(variances))
+
+    @property
+    def cycle(self) -> int:
+        """After so many epochs the same rows come again, unless they are shuffled; 1 where they are."""
+        rows = [] if self.shuffle else [(portion.num_rows, portion.num_rows_an_epoch) for portion in self.portions]
+        return math.lcm(*(num_rows // math.gcd(num_rows, taken) for num_rows, taken in rows))
 
     def __len__(self) -> int:
         return sum(portion.num_rows_an_epoch for portion in self.portions)
@@ -132,8 +113,9 @@ class GlobalBatches(Sampler[list[RowKey]]):
     all ranks have equally many batches. What one rank gets in a batch of 8, eight ranks get in batches of 1, and one rank in 8
     batches of 1 that an optimizer step accumulates: the units of a step are the same.
 
-    Each epoch has as many batches as the first, since a trainer asks once. Where rows are packed, another epoch may need some
-    packs more or fewer: then its last batch is larger, or the last ones are empty.
+    Each epoch has as many batches as the others, since a trainer asks once, and the schedule of the learning rate with it. Where
+    rows are packed, each has as many packs: a few more than its rows need, so that they suffice in an epoch with longer rows;
+    where fewer would do, some are half full, and none is empty.
 
     Args:
         sampler: The order; its `batch` says where to begin.
@@ -176,8 +158,24 @@ class GlobalBatches(Sampler[list[RowKey]]):
 
     @cached_property
     def num_units(self) -> int:
-        """Units of the first epoch."""
-        return len(self.sampler) if self.batching.kind == "rows" else len(self._plan(0).ends_U)
+        """Units of each epoch."""
+        if self.batching.kind == "rows":
+            return len(self.sampler)
+        needed = len(self._first_packs)
+        shares_R = self.batching.shares(self._all_sizes())
+        in_a_unit = float(shares_R[self.sampler.order(0)[:, 0].numpy()].sum()) / needed
+        for epoch in range(1, min(self.sampler.cycle, _MOST_PLANNED)):
+            needed = max(needed, len(self._packs(epoch)))
+        # the last term is for what windows of other rows leave empty
+        most = math.ceil(self.sampler.most(shares_R) / in_a_unit - 1e-6) + needed // 500
+        return min(max(most, needed), len(self.sampler))
+
+    @cached_property
+    def _first_packs(self) -> Packs:
+        return self._packs(0)
+
+    def _packs(self, epoch: int, most: int | None = None) -> Packs:
+        return self.batching.packs(self._all_sizes().take(self.sampler.order(epoch)[:, 0].numpy()), most)
 
     def __len__(self) -> int:
         return -(-self.num_units // self.global_size)
@@ -216,20 +214,33 @@ class GlobalBatches(Sampler[list[RowKey]]):
 
     def _own(self, units: "Units", batch: int) -> list[Tensor]:
         """The units of a batch that this rank gets."""
-        end = len(units.ends_U) if batch == len(self) - 1 else min((batch + 1) * self.global_size, len(units.ends_U))
-        return [units.keys(unit) for unit in range(batch * self.global_size + self.rank, end, self.world_size)]
+        places = range(batch * self.global_size + self.rank, min((batch + 1) * self.global_size, self.num_units), self.world_size)
+        # place i is unit i; were there more units than places, they would be spread over all of them
+        num = len(units.ends_U)
+        return [
+            units.keys(unit)
+            for place in places
+            for unit in range(place * num // self.num_units, (place + 1) * num // self.num_units)
+        ]
 
     def _plan(self, epoch: int) -> "Units":
         if self._units is None or self._units[0] != epoch:
             keys_R2 = self.sampler.order(epoch)
             ends_U = torch.arange(1, len(keys_R2) + 1)
             if self.batching.kind != "rows":
-                assert self._sizes is not None, "units of several rows are made of their sizes"
-                sizes = self._sizes().take(keys_R2[:, 0].numpy())
-                packs = self.batching.units(sizes, self.step_size, self.sampler.seed * 1_000_003 + epoch)
+                sizes, num_units = self._all_sizes().take(keys_R2[:, 0].numpy()), self.num_units
+                packs = self._first_packs if epoch == 0 else self._packs(epoch, num_units)
+                seed = self.sampler.seed * 1_000_003 + epoch
+                packs = self.batching.units(packs, sizes, num_units, self.step_size, seed)
                 keys_R2, ends_U = keys_R2[torch.from_numpy(packs.rows_R)], torch.from_numpy(packs.ends_P)
+                if len(ends_U) > num_units:
+                    log.warning("epoch %d needs %d packs and has batches for %d: some hold more", epoch, len(ends_U), num_units)
             self._units = epoch, Units(keys_R2, ends_U)
         return self._units[1]
+
+    def _all_sizes(self) -> RowSizes:
+        assert self._sizes is not None, "units of several rows are made of their sizes"
+        return self._sizes()
 
 
 class Units(NamedTuple):
@@ -241,7 +252,3 @@ class Units(NamedTuple):
     def keys(self, unit: int) -> Tensor:
         """The rows of a unit."""
         return self.keys_R2[int(self.ends_U[unit - 1]) if unit else 0 : int(self.ends_U[unit])]
-
-
-def _generator(seed: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)

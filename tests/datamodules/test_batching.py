@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from datamodules.batching import Batching
-from datamodules.packing import RowSizes
-from datamodules.sampler import GlobalBatches, Portion, RowSampler
+from datamodules.packing import RowSizes, halve
+from datamodules.portion import Portion
+from datamodules.sampler import GlobalBatches, RowSampler
 
 NUM_ROWS = 97
 TOKENS = np.random.default_rng(0).integers(1, 60, NUM_ROWS)
@@ -61,15 +62,66 @@ def test_each_epoch_has_as_many_batches_and_other_ones():
     assert [packs_of(batch) for batch in first] != [packs_of(batch) for batch in second]
 
 
-def test_no_row_is_lost_where_another_epoch_needs_more_packs_or_fewer():
-    """What is left over goes into the last batch, and where too little is there the last batches are empty."""
-    for num_batches in (2, 60):
-        own = batches(2, epoch=2)
-        own.num_units = num_batches * own.global_size  # as if the first epoch had needed so many
-        taken = [packs_of(batch) for batch in own]
-        assert len(taken) == num_batches
-        assert len(taken[0]) == 2
-        assert sorted(row for batch in taken for rows in batch for row in rows) == list(range(NUM_ROWS))
+@pytest.mark.parametrize("kind", ["packed", "padded"])
+@pytest.mark.parametrize(("weight", "shuffle"), [(0.5, True), (1.3, True), (1.0, True), (0.25, False)])
+def test_no_batch_is_larger_than_others_nor_empty_in_any_epoch(kind, weight, shuffle):
+    """Half of the rows are other ones each epoch, which may need more packs than the first; a run has packs for them ready."""
+    tokens = np.minimum(np.exp(np.random.default_rng(1).normal(4, 1, 2000)).astype(int) + 1, 400)
+    sizes = RowSizes(np.sort(tokens), np.zeros_like(tokens))  # short rows first: without shuffling the last epoch is the longest
+    sampler = RowSampler([Portion(1500, weight, seed=1), Portion(500)], shuffle, seed=7)
+    own = GlobalBatches(sampler, 2, 0, 1, Batching(kind, 400), lambda: sizes)
+    needed = set()
+    for epoch in range(8):
+        sampler.go_to(epoch, 0)
+        expected = sampler.order()[:, 0]
+        needed.add(len(own.batching.packs(sizes.take(expected.numpy()))))
+        keys = [own._own(own._plan(epoch), batch) for batch in range(len(own))]
+        limit = 1 if kind == "padded" else 2
+        assert {len(units) for units in keys[:-1]} == {limit} and 1 <= len(keys[-1]) <= limit
+        places = [[sizes.tokens_R[rows[:, 0].numpy()] for rows in units] for units in keys]
+        most = [own.sum() if kind == "packed" else own.max() * len(own) for units in places for own in units]
+        assert max(most) <= 400
+        assert torch.equal(torch.cat([rows[:, 0] for units in keys for rows in units]).sort()[0], expected.sort()[0])
+    assert max(needed) <= own.num_units <= 1.1 * max(needed)
+    assert len(needed) > 1 or weight == 1.0
+
+
+def test_as_many_packs_as_are_wanted_have_the_same_rows():
+    generator = np.random.default_rng(3)
+    lists = [np.array([4, 2, 0]), np.array([1]), np.array([3, 5])]
+    for num_packs, expected in ((2, 3), (4, 4), (5, 5), (9, 6)):
+        halves = halve(lists, num_packs, generator)
+        assert len(halves) == expected and sorted(np.concatenate(halves).tolist()) == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_does_not_fit_is_spread_over_the_epoch(caplog):
+    """No step is much larger than another, even where 4 standard deviations were too few."""
+    own = batches(2, epoch=2)
+    own.num_units = 20  # as if an epoch needed twice as many
+    taken = [packs_of(batch) for batch in own]
+    assert len(taken) == 10 and max(map(len, taken)) <= min(map(len, taken)) + 1
+    assert "epoch 2 needs" in caplog.text
+    assert sorted(row for batch in taken for rows in batch for row in rows) == list(range(NUM_ROWS))
+    ranks = [[*GlobalBatches(own.sampler, 1, rank, 2, own.batching, lambda: SIZES)] for rank in range(2)]
+    assert len(ranks[0]) == len(ranks[1])
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("weight", [0.3, 0.5, 1.0, 1.7, 2.0])
+def test_what_an_epoch_adds_up_to(weight, shuffle):
+    values = np.random.default_rng(5).exponential(size=60)
+    sums = []
+    for seed in range(200):
+        portion = Portion(60, weight, seed)
+        sums += [values[portion.rows(epoch, shuffle)[:, 0].numpy()].sum() for epoch in range(6)]
+    mean, variance = portion.expected(values, shuffle)
+    if not shuffle or weight in (1.0, 2.0):
+        assert variance == 0 and max(sums) <= mean * (1 + 1e-9)
+        assert shuffle or mean <= values.sum() * weight * 2
+    else:
+        assert np.mean(sums) == pytest.approx(mean, rel=0.02)
+        assert 0.6 * variance < np.var(sums) < 1.1 * variance
+        assert max(sums) < mean + 4 * variance**0.5
 
 
 def test_a_run_goes_on_in_the_middle_of_an_epoch():

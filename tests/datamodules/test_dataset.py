@@ -13,9 +13,10 @@ from datamodules.conversation import parse_row
 from datamodules.dataset import MultiModalDataset
 from datamodules.media import MediaLimits
 from datamodules.media_image import ImageLimits, decode_image
+from datamodules.portion import Portion
 from datamodules.processor import Processor, PromptOptions
 from datamodules.row_dataset import RowKey
-from datamodules.sampler import GlobalBatches, Portion, RowSampler
+from datamodules.sampler import GlobalBatches, RowSampler
 from datamodules.sources import MediaRoot
 from tests.datamodules.loader_fakes import ids, make_processor, make_row, pixels, same, write_rows
 

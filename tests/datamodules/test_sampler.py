@@ -5,8 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
+from datamodules.portion import Portion
 from datamodules.row_dataset import RowKey
-from datamodules.sampler import GlobalBatches, Portion, RowSampler
+from datamodules.sampler import GlobalBatches, RowSampler
 
 
 def one_source(num_rows: int, shuffle: bool, seed: int) -> RowSampler:
