@@ -166,10 +166,14 @@ def show_user_errors(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error was raised for: jsonargparse wraps that of a constructor in a list of types that the value is not of."""
+    """What an error was raised for: jsonargparse wraps that of a constructor in a list of types that the value is not of.
+
+    Its cause is that of the first of these types alone, such as the name of a strategy; the others are in its text.
+    """
+    tried = re.findall(r"^ *- (?!Expected an? )(.+)$", str(error), re.MULTILINE)
     while not _is_for_the_user(error) and isinstance(error.__cause__, ValueError):
         error = error.__cause__
-    return str(error)
+    return tried[-1] if tried and not _is_for_the_user(error) else str(error)
 
 
 def _text_for_the_user(error: BaseException) -> str:

@@ -27,7 +27,7 @@ from lightning_modules.processors import make_processor
 from lightning_modules.run_state import StepStart, add_place, check_processor, set_rng_state, take_place
 from lightning_modules.spread import SpreadLitModule
 from lightning_modules.step_loss import StepLoss
-from models.checkpoint import check_options, fingerprints, load_saved, saved_names, start_from
+from models.checkpoint import check_options, load_saved, saved_names, start_from
 from models.fusion import Fusion
 from models.language import Generation, LanguageModel
 from models.media_shuffle import rows_with_other_media, shuffle_media
@@ -98,8 +98,6 @@ class MultiModalLitModule(SpreadLitModule):
         self.strict_loading = False  # load_state_dict below is stricter: exactly what a checkpoint must hold
         self._warm_started: set[str] = set()
         self._rng: Mapping[str, Any] | None = None
-        self._fingerprints: dict[str, str] = {}
-        self._fingerprinted: set[str] | None = None
         self._step_start: StepStart | None = None
         self._step_loss = StepLoss(on_non_finite)
 
@@ -239,8 +237,7 @@ class MultiModalLitModule(SpreadLitModule):
         checkpoint["state_dict"] = {name: state[f"model.{name}"] for name in sorted(names) if state}
         checkpoint["model"] = self.model.spec()
         checkpoint["processor"] = self.processor.files()
-        if self._fingerprinted != names:  # frozen weights do not change: once a run will do
-            self._fingerprints, self._fingerprinted = fingerprints(self.model, names), names
+        self.take_fingerprints()
         checkpoint["fingerprints"] = self._fingerprints
         checkpoint["warm_started"] = sorted(self._warm_started)
         add_place(checkpoint, self.trainer, self._step_start)

@@ -85,7 +85,7 @@ def _describe(name: str, part: Part, groups: list[dict[str, Any]]) -> dict[str, 
         "class": part.class_name,
         "mode": part.tune.mode,
         "parameters": sum(num_weights(parameter) for parameter in parameters),
-        "trainable": sum(parameter.numel() for parameter in trainable),
+        "trainable": sum(num_weights(parameter) for parameter in trainable),
         "lr": max(rates) if rates else part.tune.lr if trainable else None,
         "dtype": " + ".join(dtype for dtype, _ in dtypes.most_common()),
     }

@@ -12,9 +12,11 @@ from lightning_modules.idle_parts import touch_idle_parts, used_parts
 from lightning_modules.measuring import MeasuringLitModule
 from lightning_modules.optim import clip_gradients
 from lightning_modules.zero import ZeroStrategy
+from models.checkpoint import fingerprints
 from models.multimodal import MultiModalModel
-from models.parallel import LastGradients, add_up_own_heads, check_not_quantised, gather, is_sharded, parallelize
+from models.parallel import add_up_own_heads, check_not_quantised, gather, is_sharded, parallelize
 from models.spread import clip_norm, local
+from models.zero import LastGradients
 
 _REFUSED = {
     DeepSpeedStrategy: "its steps are not divided by their tokens, and its checkpoints are pickles, which only as many processes "
@@ -39,6 +41,8 @@ class SpreadLitModule(MeasuringLitModule):
         super().__init__()
         self._used: set[str] = set()
         self._last_gradients: LastGradients | None = None
+        self._fingerprints: dict[str, str] = {}
+        self._fingerprinted: set[str] | None = None
 
     @property
     def zero(self) -> ZeroStrategy | None:
@@ -73,13 +77,22 @@ class SpreadLitModule(MeasuringLitModule):
         _ = self.model.language_model.takes_branches  # is tried out, while the weights are whole
         if self.device_mesh is not None:
             parallelize(self.model, self.device_mesh)
-        elif self.trainer.training:
+        elif self.zero is not None and (self.trainer.training or self.zero.stage == 3):
             check_not_quantised(self.model)
-            self._last_gradients = LastGradients(self.model)
+            self._last_gradients = LastGradients(self.model, self.zero.stage == 3)
 
     @abstractmethod
     def build_model(self) -> None:
         """Makes the weights, whole; called once."""
+
+    @abstractmethod
+    def saved_names(self) -> set[str]:
+        """Names of the weights that a checkpoint holds, as the model calls them."""
+
+    def take_fingerprints(self) -> None:
+        """Of the frozen weights, which do not change: once a run will do, and before a process has but shares of them."""
+        if self._fingerprinted != (names := self.saved_names()):
+            self._fingerprints, self._fingerprinted = fingerprints(self.model, names), names
 
     def meet(self, batch: Batch) -> Batch:
         """Where all processes begin a batch together: one without rows gets those of another to run, which must not count.

@@ -1,13 +1,14 @@
 """DeepSpeed's ZeRO (arXiv 1910.02054), with steps and checkpoints that are those of one device."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from lightning_modules.optim import NO_DECAY
+from lightning_modules.zero_shares import Shares, SharesOfWeights
+from models.zero import GatheredLayers
 
 
 class ZeroPrecision(DeepSpeedPrecision):
@@ -46,7 +49,10 @@ class ZeroPrecision(DeepSpeedPrecision):
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """ZeRO-2: each device has the whole model, and a share of the gradients and of the optimizer's state.
+    """ZeRO-2: each device has the whole model, but a share of the gradients and of the optimizer's state; ZeRO-3: of weights too.
+
+    In stage 3 a device has shares of the decoder's layers, each of which is gathered while it runs. Outside of them all weights
+    are whole, since a step needs them from its beginning to its end.
 
     The engine clips gradients by their norm, and leaves a step out whose gradients are not finite. A checkpoint is one file, as
     on one device: a run goes on from it with any strategy and any number of devices. A share is cut across the weights, so take
@@ -56,19 +62,21 @@ class ZeroStrategy(DeepSpeedStrategy):
         stage: Of ZeRO.
         offload_optimizer: Keep the optimizer's state and the float32 weights in the memory of the machine, and compute its step
             there (arXiv 2101.06840).
+        offload_parameters: In stage 3, keep the shares of the weights there, too.
         pin_memory: Of the machine's memory take pages that stay in place, from which a GPU reads faster.
         reduce_bucket_size: So many gradients are summed up at a time.
         process_group_backend: `nccl`, or what else the processes talk by; None: what suits the device.
         timeout: How long they wait for each other.
 
     Raises:
-        ValueError: DeepSpeed is not installed.
+        ValueError: DeepSpeed is not installed, the environment has another configuration, or stage 2 is to offload weights.
     """
 
     def __init__(
         self,
-        stage: int = 2,
+        stage: Literal[2, 3] = 2,
         offload_optimizer: bool = False,
+        offload_parameters: bool = False,
         pin_memory: bool = False,
         reduce_bucket_size: int = 200_000_000,
         process_group_backend: str | None = None,
@@ -76,9 +84,14 @@ class ZeroStrategy(DeepSpeedStrategy):
     ) -> None:
         if find_spec("deepspeed") is None:
             raise ValueError("trainer.strategy is ZeroStrategy, which needs DeepSpeed: pip install -r requirements-deepspeed.txt")
+        if self.DEEPSPEED_ENV_VAR in os.environ:
+            raise ValueError(f"{self.DEEPSPEED_ENV_VAR} is set, whose file would replace what trainer.strategy says: unset it")
+        if offload_parameters and stage != 3:
+            raise ValueError("trainer.strategy.offload_parameters needs shares of the weights, which stage 3 has: set stage to 3")
         super().__init__(
             stage=stage,
             offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
             pin_memory=pin_memory,
             reduce_bucket_size=reduce_bucket_size,
             logging_batch_size_per_gpu=1,
@@ -87,21 +100,21 @@ class ZeroStrategy(DeepSpeedStrategy):
         )
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False  # any optimizer, not DeepSpeed's own alone
+        self.config["zero_optimization"]["memory_efficient_linear"] = False  # would exchange torch's own function for all
+        self.stage = stage
         self._idle: set[str] = set()
         self._left_out: list[tuple[nn.Parameter, Tensor | None]] = []
 
     def setup_environment(self) -> None:
-        """Begins, where the stage is one that is supported.
+        """Begins, where there are GPUs.
 
         Raises:
-            ValueError: It is not.
+            ValueError: There are none.
         """
-        assert isinstance(self.config, dict)
-        if (stage := self.config.get("zero_optimization", {}).get("stage", 0)) != 2:
+        if not isinstance(self.accelerator, CUDAAccelerator):
             raise ValueError(
-                f"trainer.strategy: stage is {stage}, and only 2 is supported. In stage 3 DeepSpeed wants each device to run the "
-                "same modules in each step, and rows have media of other kinds. Take configs/strategy/fsdp.yaml, which shards "
-                "the weights too"
+                f"trainer.strategy is ZeroStrategy, which needs GPUs, and the device is {type(self.accelerator).__name__}: set "
+                "trainer.accelerator to gpu, or take configs/strategy/fsdp.yaml, which runs on any device"
             )
         super().setup_environment()
 
@@ -126,16 +139,61 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Whether the last step changed weights; if not, its gradients were not finite."""
         return bool(self.deepspeed_engine.was_step_applied())
 
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return False  # the model takes up a checkpoint while it is whole
+
+    def connect(self, model: Any) -> None:
+        """Takes a model, of the same trainer, which may have had an engine before: its hooks go with it."""
+        from deepspeed import DeepSpeedEngine
+
+        if isinstance(self.model, DeepSpeedEngine):
+            self.model.destroy()
+        super().connect(model)
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Nothing: the weights are read whole, on the processor, and shares are made of them afterwards."""
+        yield
+
     def init_deepspeed(self) -> None:
-        """Makes the engine, for training; the weights are whole, so nothing else needs one."""
-        assert self.lightning_module is not None
-        if not self.lightning_module.trainer.training:
+        """Makes the engine, for training or weights in shares; whole ones are evaluated without."""
+        module: Any = self.lightning_module
+        if module.trainer.training:
+            module.take_fingerprints()  # of the weights, while they are whole
+            super().init_deepspeed()
+            optimizer = self.deepspeed_engine.optimizer.optimizer
+            optimizer.register_step_pre_hook(self._leave_out)
+            optimizer.register_step_post_hook(self._give_back)
+        elif self.stage == 3:
+            self.model, _ = self._setup_model_and_optimizer(module, None)
+        else:
             self.model_to_device()
-            return
-        super().init_deepspeed()
-        optimizer = self._engine_optimizer.optimizer
-        optimizer.register_step_pre_hook(self._leave_out)
-        optimizer.register_step_post_hook(self._give_back)
+
+    def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None) -> Any:
+        if self.stage == 3:
+            model = self._partition(model)
+        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+
+    def _partition(self, module: Any) -> nn.Module:
+        """Gives each process its share of the weights, one after the other, so that no device must have all of them."""
+        from deepspeed.runtime.zero.partition_parameters import Init
+        from deepspeed.utils import set_z3_leaf_module
+
+        assert isinstance(self.config, dict)
+        gathered = GatheredLayers(module, module.model)
+        for layer in gathered.layers:
+            set_z3_leaf_module(layer, True)  # is gathered at once, with all that stands in it
+        outside = [weight.numel() for weight in gathered.parameters(recurse=False)]
+        self.config["zero_optimization"] |= {
+            # what is outside of the layers comes first, and fills up what is kept whole
+            "stage3_param_persistence_threshold": max(outside, default=0),
+            "stage3_model_persistence_threshold": sum(outside),
+            "stage3_max_reuse_distance": 0,  # no layer is kept, however soon it runs again
+        }
+        Init(module=gathered, config_dict_or_path=self.config)
+        self.model_to_device()  # the rest, of which the engine knows nothing
+        return gathered
 
     def _format_config(self) -> None:
         assert isinstance(self.config, dict)
@@ -166,31 +224,23 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the model: whole tensors, in float32 what trains, on the first process; others help."""
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
         module: Any = self.lightning_module
-        state, trained = module.model.state_dict(), _trained(module.model)
+        state, weights = module.model.state_dict(), dict(module.model.named_parameters(remove_duplicate=False))
         held: dict[str, Any] = {}
         for name in sorted(module.saved_names()):
-            whole = safe_get_full_fp32_param(trained[name]) if name in trained else state[name]
-            if self.is_global_zero:
-                held[f"model.{name}"] = whole.detach().cpu()
+            weight = weights.get(name, state[name])  # a buffer is in the state alone
+            with GatheredParameters([] if weight.requires_grad else [weight]):
+                whole = safe_get_full_fp32_param(weight) if weight.requires_grad else weight.detach()
+                if self.is_global_zero:
+                    held[f"model.{name}"] = whole.to("cpu", copy=True)
         return held
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of the optimizer as torch has it, weight by weight, in the same way."""
-        state: dict[int, dict[str, Any]] = {}
-        groups: list[dict[str, Any]] = []
-        number = 0
-        for weights, share, group in self._shares():
-            groups.append({**group, "params": list(range(number, number + len(weights)))})
-            values = self._engine_optimizer.optimizer.state.get(share, {})
-            for weight in weights:
-                own = {name: _gathered(value, share, weight) for name, value in values.items()}
-                if own and self.is_global_zero:
-                    state[number] = own
-                number += 1
-        return {"state": state, "param_groups": groups}
+        return self._shares.whole_state(self.is_global_zero)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Writes a file, as on one device."""
@@ -205,37 +255,19 @@ class ZeroStrategy(DeepSpeedStrategy):
         return self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Loads the weights of a checkpoint, also into the shares of what trains."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        module: Any = self.lightning_module
-        state = checkpoint["state_dict"]
-        module.load_state_dict(state, strict=strict)
-        if module.trainer.training:
-            for name, weight in _trained(module.model).items():
-                safe_set_full_fp32_param(weight, state[name])
+        """Loads the weights of a checkpoint, before shares are made of them."""
+        assert self.lightning_module is not None
+        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Loads this process's share of the state of the optimizer."""
         (saved,) = checkpoint["optimizer_states"]
-        state: dict[int, dict[str, Any]] = {}
-        for number, ((weights, share, _), group) in enumerate(zip(self._shares(), saved["param_groups"], strict=True)):
-            of_weights = [saved["state"].get(of_weight, {}) for of_weight in group["params"]]
-            for name in {name: None for values in of_weights for name in values}:
-                values = [values.get(name) for values in of_weights]
-                state.setdefault(number, {})[name] = _share(name, values, share, weights)
-        groups = [{**group, "params": [number]} for number, group in enumerate(saved["param_groups"])]
-        self._engine_optimizer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._shares.load_state(saved)
 
     @property
-    def _engine_optimizer(self) -> Any:
-        return self.deepspeed_engine.optimizer
-
-    def _shares(self) -> list[tuple[list[nn.Parameter], Tensor, dict[str, Any]]]:
-        """By group the weights, the share of them that this process trains, in one row, and the options."""
-        zero = self._engine_optimizer
-        groups = zero.optimizer.param_groups
-        return [(weights, group["params"][0], group) for weights, group in zip(zero.bit16_groups, groups, strict=True)]
+    def _shares(self) -> Shares:
+        kind = SharesOfWeights if self.stage == 3 else Shares
+        return kind(self.deepspeed_engine.optimizer)
 
     def _leave_out(self, optimizer: Optimizer, *args: Any) -> None:
         for group in optimizer.param_groups:  # the engine steps group by group
@@ -248,37 +280,3 @@ class ZeroStrategy(DeepSpeedStrategy):
         for share, gradient in self._left_out:
             share.grad = gradient  # where it is kept in the machine's memory, the engine writes into it again
         self._left_out.clear()
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: weight for name, weight in model.named_parameters(remove_duplicate=False) if weight.requires_grad}
-
-
-def _gathered(value: Any, share: Tensor, weight: nn.Parameter) -> Any:
-    """The whole of a state, of which each process has its share; the processes must meet here."""
-    if not isinstance(value, Tensor) or value.numel() == 1:
-        return value  # such as the number of steps
-    if value.shape != share.shape:
-        raise ValueError(
-            "trainer.strategy: ZeroStrategy cuts weights into shares without regard to their shape, and the optimizer keeps what "
-            "is not one number a value: take one that treats each value by itself, such as AdamW, or configs/strategy/ddp.yaml"
-        )
-    whole = value.new_zeros(weight.numel(), device=weight.device)
-    if (place := weight._hp_mapping) is not None:  # type: ignore[attr-defined]  # set by the engine: which part of it is here
-        mine, here = place.lp_fragment_address, place.hp_fragment_address
-        whole[mine.start : mine.start + mine.numel] = value[here.start : here.start + here.numel].to(weight.device)
-    dist.all_reduce(whole)
-    return whole.view(weight.shape).cpu()
-
-
-def _share(name: str, values: Sequence[Any], share: Tensor, weights: Sequence[nn.Parameter]) -> Any:
-    """The share of a state that is given by weight; None: a weight has none yet."""
-    first = next(value for value in values if value is not None)
-    if name == "step" or not isinstance(first, Tensor):
-        return first
-    own = torch.zeros_like(share, dtype=first.dtype)
-    for value, weight in zip(values, weights, strict=True):
-        if value is not None and (place := weight._hp_mapping) is not None:  # type: ignore[attr-defined]  # set by the engine
-            mine, here = place.lp_fragment_address, place.hp_fragment_address
-            own[here.start : here.start + here.numel] = value.flatten()[mine.start : mine.start + mine.numel]
-    return own

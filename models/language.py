@@ -20,6 +20,7 @@ from models.attention_mask import attention_inputs
 from models.branches import can_branch, can_pack
 from models.generation import Generation
 from models.lean import make_lean
+from models.spread import has_shares
 from models.stored import Quantize, quantization, settle_quantised
 
 if TYPE_CHECKING:
@@ -235,7 +236,6 @@ class LanguageModel(Part):
         self, prompts: dict[str, Any], segments_BT: Tensor, options: Generation, eos_ids: Iterable[int], pad_id: int
     ) -> Tensor:
         """What `generate` of transformers makes of its arguments `prompts`."""
-        from torch.distributed.fsdp import FSDPModule
         from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
         sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
@@ -254,7 +254,7 @@ class LanguageModel(Part):
             processors.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty), prompt_ignore_length=given))
         return self.model.generate(  # type: ignore[operator]  # a mixin that every causal LM has
             **prompts,
-            synced_gpus=any(isinstance(module, FSDPModule) for module in self.model.modules()),  # until the last has ended
+            synced_gpus=has_shares(self.decoder_layers[0]),  # until the last has ended
             attention_mask=(segments_BT > 0).long(),
             generation_config=config,
             logits_processor=processors,

@@ -9,14 +9,13 @@ is computed alike on all devices of a group.
 
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.language import LanguageModel
 from models.multimodal import MultiModalModel
-from models.spread import is_spread, local
+from models.spread import has_shares, is_spread, local
 
 Style = Literal["colwise", "rowwise", "replicated_with_grad_allreduce"]
 """As transformers calls it: a linear layer whose outputs, or inputs, are split, and weights that see the own heads alone."""
@@ -77,9 +76,7 @@ def gather(model: MultiModalModel) -> None:
 
 def is_sharded(model: MultiModalModel) -> bool:
     """Whether processes wait for each other in each forward pass, and so must make equally many."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(model, FSDPModule)
+    return has_shares(model.language_model.decoder_layers[0])
 
 
 class _Reach:
@@ -95,39 +92,6 @@ class _Reach:
         hidden_BTD: Tensor = args[0] if args else kwargs["hidden_states"]
         weights = [weight for weight in self.model.parameters() if weight.requires_grad and not is_spread(weight)]
         hidden_BTD = sum((weight.flatten()[:0].sum().to(hidden_BTD.dtype) for weight in weights), hidden_BTD)
-        return ((hidden_BTD, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_BTD})
-
-
-class LastGradients:
-    """Gives what trains outside of the decoder's layers its gradients at the end of each backward pass, in one order.
-
-    An engine that sums up gradients in buckets (DeepSpeed's) fills them as they come, and must meet them in the same order on
-    each process, whose rows have other media. Of the operations that can be run backward, autograd runs the one that was made
-    last: so what each batch begins with is run when all else is over, and completes these gradients, with 0 where there are none.
-
-    Args:
-        model: The model, built.
-    """
-
-    def __init__(self, model: MultiModalModel) -> None:
-        layers = model.language_model.decoder_layers
-        inside = {weight for _, weight in model.language_model.own_named_parameters()} & set(layers.parameters())
-        self._weights = [weight for weight in model.parameters() if weight.requires_grad and weight not in inside]
-        self._zero: Tensor | None = None
-        layers[0].register_forward_pre_hook(self, prepend=True, with_kwargs=True)
-
-    def begin(self) -> None:
-        """To be called before anything is computed of a batch that goes backward."""
-        self._zero = sum((weight.flatten()[:0].sum() for weight in self._weights), torch.zeros(()))
-
-    def end(self) -> None:
-        """To be called when the loss of the batch is known."""
-        self._zero = None
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden_BTD: Tensor = args[0] if args else kwargs["hidden_states"]
-        if self._zero is not None:
-            hidden_BTD = hidden_BTD + self._zero.to(hidden_BTD)
         return ((hidden_BTD, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_BTD})
 
 

@@ -15,6 +15,13 @@ def is_spread(tensor: Tensor) -> TypeGuard[DTensor]:
     return isinstance(tensor, DTensor)
 
 
+def has_shares(layer: nn.Module) -> bool:
+    """Whether a process holds only shares of the weights of a layer, which are gathered while it runs: FSDP2's or DeepSpeed's."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(layer, FSDPModule) or any("ds_tensor" in vars(weight) for weight in layer.parameters())
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, in the same memory."""
     return tensor.to_local() if is_spread(tensor) else tensor

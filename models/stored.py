@@ -71,9 +71,10 @@ def settle_quantised(model: nn.Module) -> None:
 
 
 def num_weights(parameter: nn.Parameter) -> int:
-    """How many weights a parameter stands for: NF4 packs two into a byte."""
+    """How many weights a parameter stands for: NF4 packs two into a byte, and of a share there may be none here."""
     state = vars(parameter).get("quant_state")  # of bitsandbytes
-    return parameter.numel() if state is None else math.prod(state.shape)
+    number: int = vars(parameter).get("ds_numel", parameter.numel())  # of DeepSpeed's stage 3
+    return number if state is None else math.prod(state.shape)
 
 
 def stored_type(parameter: nn.Parameter) -> str:

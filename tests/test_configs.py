@@ -142,10 +142,11 @@ def test_a_recipe_can_be_instantiated_without_network_weights_or_data(path: Path
 
 
 OFFLOAD = {"device": "cpu", "nvme_path": "/local_nvme", "buffer_count": 4, "pin_memory": True}
+BUFFERS = {"buffer_count": 5, "buffer_size": 100_000_000, "max_in_cpu": 1_000_000_000}
 STRATEGIES = {
     "ddp": ("DDPStrategy", {}),
     "deepspeed_zero2": ("ZeroStrategy", {"stage": 2}),
-    "deepspeed_zero2_offload": ("ZeroStrategy", {"stage": 2, "offload_optimizer": OFFLOAD}),
+    "deepspeed_zero3_offload": ("ZeroStrategy", {"stage": 3, "offload_optimizer": OFFLOAD, "offload_param": OFFLOAD | BUFFERS}),
     "fsdp": ("ShardedStrategy", {"_data_parallel_size": "auto", "_tensor_parallel_size": 1}),
     "tp": ("ShardedStrategy", {"_data_parallel_size": 1, "_tensor_parallel_size": "auto"}),
     "fsdp_tp": ("ShardedStrategy", {"_data_parallel_size": "auto", "_tensor_parallel_size": "auto"}),

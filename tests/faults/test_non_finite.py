@@ -15,7 +15,7 @@ from lightning_modules.checkpoints import RunCheckpoint
 from lightning_modules.multimodal import MultiModalLitModule, Stage
 from models.manifest import fault
 from tests.faults.small_runs import end_state, fit, make_module, same
-from tests.lightning_modules.processes import MakeStrategy, ddp, in_two_processes, zero
+from tests.lightning_modules.processes import MakeStrategy, ddp, gathered, in_two_processes, zero, zero3
 from tests.lightning_modules.run_fakes import Watch, weights, write_rows
 
 Place = Literal["pixel", "activation", "loss", "gradient"]
@@ -137,6 +137,8 @@ def test_no_checkpoint_holds_what_is_not_finite(make: Make, rows: Path, tmp_path
         ("skip", "loss", ddp),
         pytest.param("stop", "loss", zero, marks=pytest.mark.slow),
         pytest.param("skip", "gradient", zero, marks=pytest.mark.slow),
+        pytest.param("stop", "loss", zero3, marks=pytest.mark.slow),
+        pytest.param("skip", "gradient", zero3, marks=pytest.mark.slow),
     ],
 )
 def test_processes_decide_together(
@@ -144,13 +146,14 @@ def test_processes_decide_together(
 ) -> None:
     """Row 6 is on one process only; one that left its step out alone would wait for the other, or differ from it."""
 
-    if strategy is zero:
+    if strategy in (zero, zero3):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install -r requirements-deepspeed.txt")
 
     def job(folder: Path, strategy: dict[str, Any]) -> None:
         module = make(place, on_non_finite=policy)
         trainer = fit(module, folder, rows, data=IN_ORDER | {"batch_size": 1}, **strategy, accumulate_grad_batches=1)
-        torch.save(weights(module), folder / f"{trainer.global_rank}.pt")
+        with gathered(module):
+            torch.save(weights(module), folder / f"{trainer.global_rank}.pt")
 
     codes = in_two_processes(partial(job, tmp_path / "two"), strategy=strategy)
     assert codes == ([1, 1] if policy == "stop" else [0, 0])

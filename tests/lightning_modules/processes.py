@@ -3,13 +3,16 @@
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import nn
 
 if TYPE_CHECKING:
     from lightning_modules.zero import ZeroStrategy
@@ -44,6 +47,21 @@ def zero(timeout: timedelta, reduce_bucket_size: int = 1000, **options: Any) -> 
             self._init_deepspeed_distributed()
 
     return OnCPU(process_group_backend="gloo", timeout=timeout, reduce_bucket_size=reduce_bucket_size, **options)
+
+
+zero3 = partial(zero, stage=3)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within it all weights are whole, of which ZeRO-3 has given each process a share; elsewhere nothing is changed."""
+    if not any("ds_tensor" in vars(weight) for weight in module.parameters()):
+        yield
+        return
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    with GatheredParameters(list(module.parameters())):
+        yield
 
 
 def in_two_processes(

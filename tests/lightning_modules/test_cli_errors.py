@@ -7,12 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
 from lightning_modules.cli import find_checkpoint
 from lightning_modules.cli_errors import explain, reason, show_user_errors
 from train import main
 
 TINY = ["--config", "configs/sft/tiny.yaml", "--trainer.enable_progress_bar=false", "--trainer.num_sanity_val_steps=0"]
+
+
+class Strict:
+    def __init__(self, size: int) -> None:
+        raise ValueError(f"size is {size}, which is too big")
 
 
 class TestExplain:
@@ -161,3 +167,14 @@ class TestShowUserErrors:
                 raise ValueError("ours") from error
 
         assert reason(caught(deep)) == "ours"
+
+    def test_of_several_types_it_is_what_the_class_says(self) -> None:
+        """Whose error is the cause of none; jsonargparse takes that of the first type for the cause."""
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--made", type=str | Strict)  # type: ignore[arg-type]  # any type will do
+        given = parser.parse_object({"made": {"class_path": f"{__name__}.Strict", "init_args": {"size": 3}}})
+
+        def make() -> None:
+            parser.instantiate_classes(given)
+
+        assert reason(caught(make)) == "size is 3, which is too big"

@@ -17,7 +17,7 @@ from lightning_modules.multimodal import MultiModalLitModule
 from lightning_modules.orpo import ORPOLitModule
 from lightning_modules.simpo import SimPOLitModule
 from tests.lightning_modules.preference_fakes import constant, make_module, sgd, write_pairs
-from tests.lightning_modules.processes import in_two_processes
+from tests.lightning_modules.processes import gathered, in_two_processes
 from tests.lightning_modules.run_fakes import Watch, make_data, make_trainer, weights
 
 ROWS = 16
@@ -50,7 +50,8 @@ def job(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> Callable[..., Job]:
             trainer.fit(module, make_data(module, rows, batch_size=batch_size, shuffle=False))
             assert trainer.global_step == 2
             folder.mkdir(exist_ok=True)
-            torch.save([weights(module), losses], folder / f"{trainer.global_rank}.pt")
+            with gathered(module):
+                torch.save([weights(module), losses], folder / f"{trainer.global_rank}.pt")
 
         return run
 

@@ -24,12 +24,13 @@ from lightning_modules.preference import PreferenceLitModule
 from lightning_modules.reward_model import RewardLitModule
 from lightning_modules.strategies import ShardedStrategy
 from models.checkpoint import read_checkpoint
+from models.fusion import Fusion
 from models.language import LanguageModel
 from models.multimodal import MultiModalModel
 from models.spread import whole
 from tests.lightning_modules.media_fakes import make_all, write_media_rows
 from tests.lightning_modules.preference_fakes import make_module
-from tests.lightning_modules.processes import MakeStrategy, ddp, in_two_processes
+from tests.lightning_modules.processes import MakeStrategy, ddp, gathered, in_two_processes
 from tests.lightning_modules.run_fakes import Watch, make_data, make_trainer
 
 LORA = Tune(mode="lora", lora=LoRA(target_modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")))
@@ -72,13 +73,16 @@ def train(tiny_llm: Path, tiny_clip: Path, tiny_whisper: Path, tmp_path: Path) -
         batch_size: int,
         llm: Path = tiny_llm,
         tune: Tune = LORA,
+        narrow: bool = False,
+        fusion: Fusion | None = None,
         resume: Path | None = None,
         bad: int | None = None,
         **more: Any,
     ) -> None:
         torch.manual_seed(4)
-        language_model = LanguageModel(str(llm), tune=tune)
-        module = make_all(llm, tiny_clip, tiny_whisper, language_model=language_model, optimizer=momentum, lr_scheduler=steady)
+        stored: dict[str, Any] = {"dtype": "bfloat16", "compute_dtype": "float32"} if narrow else {}
+        parts = {"language_model": LanguageModel(str(llm), tune=tune, **stored), "fusion": fusion}
+        module = make_all(llm, tiny_clip, tiny_whisper, **parts, optimizer=momentum, lr_scheduler=steady)
         path = rows
         if bad is not None:  # a row that cannot be used: a process has none in that batch
             lines = rows.read_text().splitlines()
@@ -101,7 +105,8 @@ def train(tiny_llm: Path, tiny_clip: Path, tiny_whisper: Path, tmp_path: Path) -
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
         folder.mkdir(exist_ok=True)
-        torch.save([all_weights(module), losses, metrics], folder / f"{trainer.global_rank}.pt")
+        with gathered(module):
+            torch.save([all_weights(module), losses, metrics], folder / f"{trainer.global_rank}.pt")
 
     return job
 

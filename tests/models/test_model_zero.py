@@ -12,7 +12,7 @@ from encoders.tuning import LoRA, Tune
 from models.cross_attention import GatedCrossAttentionFusion
 from models.fusion import ConcatFusion, Fusion
 from models.multimodal import MultiModalModel
-from models.parallel import LastGradients
+from models.zero import LastGradients
 from tests.conftest import NUM_PATCHES
 
 LAYOUTS: list[list[list[int | str]]] = [[[3, "a", 4], [2, "b", 3]], [[5, 3], [4]]]
@@ -44,7 +44,7 @@ def test_gradients_come_in_one_order(
     batches = [make_batch(layout, placeholders=placeholders) for layout in LAYOUTS]
     alone = [backward(model, batch) for batch in batches]
     assert alone[1].keys() < alone[0].keys()
-    last = LastGradients(model)
+    last = LastGradients(model, by_layer=False)
     helped = []
     for batch in batches:
         last.begin()
