@@ -7,12 +7,13 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
 from models.manifest import Manifest, fault, file_sums, publish, temporary_name
-from models.spread import spread_like, whole
+from models.spread import are_mixed, spread_like, whole
 
 METADATA = "meta.pt"
 """Lightning's name for what is no tensor, in a checkpoint that is a folder."""
@@ -63,6 +64,21 @@ class ShardedStrategy(ModelParallelStrategy):
             )
         self._tensor_parallel_size, self._data_parallel_size = split, groups
         super().setup_environment()
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Makes the optimizer, where it takes the weights one by one if it has to.
+
+        Raises:
+            ValueError: It would take all at a time, of which some are split and others not.
+        """
+        super().setup_optimizers(trainer)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            at_a_time = next((option for option in ("fused", "foreach") if group.get(option)), None)
+            if at_a_time and are_mixed(group["params"]):
+                raise ValueError(
+                    f"model.optimizer.{at_a_time} is true, which steps all weights at a time, and with tensor_parallel_size "
+                    f"{self._tensor_parallel_size} some are split and others not: set model.optimizer.{at_a_time} to false"
+                )
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the model: shards, or on the first process whole tensors, and nothing on the others."""

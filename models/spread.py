@@ -27,6 +27,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_spread(tensor) else tensor
 
 
+def are_mixed(tensors: Iterable[Tensor]) -> bool:
+    """Whether some are spread and others not, or over other devices: torch computes with no two such tensors at a time."""
+    return len({tensor.device_mesh if is_spread(tensor) else None for tensor in tensors}) > 1
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; the processes that share it must meet here."""
     return tensor.full_tensor() if is_spread(tensor) else tensor

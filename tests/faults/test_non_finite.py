@@ -17,6 +17,7 @@ from models.manifest import fault
 from tests.faults.small_runs import end_state, fit, make_module, same
 from tests.lightning_modules.processes import MakeStrategy, ddp, gathered, in_two_processes, zero, zero3
 from tests.lightning_modules.run_fakes import Watch, weights, write_rows
+from tests.lightning_modules.test_strategies import fsdp, split
 
 Place = Literal["pixel", "activation", "loss", "gradient"]
 
@@ -131,31 +132,33 @@ def test_no_checkpoint_holds_what_is_not_finite(make: Make, rows: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("policy", "place", "strategy"),
+    ("policy", "place", "how"),
     [
         ("stop", "loss", ddp),
         ("skip", "loss", ddp),
         pytest.param("stop", "loss", zero, marks=pytest.mark.slow),
         pytest.param("skip", "gradient", zero, marks=pytest.mark.slow),
+        pytest.param("stop", "loss", fsdp, marks=pytest.mark.slow),
+        pytest.param("skip", "gradient", fsdp, marks=pytest.mark.slow),
+        pytest.param("skip", "loss", split, marks=pytest.mark.slow),
         pytest.param("stop", "loss", zero3, marks=pytest.mark.slow),
         pytest.param("skip", "gradient", zero3, marks=pytest.mark.slow),
     ],
 )
-def test_processes_decide_together(
-    make: Make, rows: Path, tmp_path: Path, policy: Any, place: Place, strategy: MakeStrategy
-) -> None:
+def test_processes_decide_together(make: Make, rows: Path, tmp_path: Path, policy: Any, place: Place, how: MakeStrategy) -> None:
     """Row 6 is on one process only; one that left its step out alone would wait for the other, or differ from it."""
 
-    if strategy in (zero, zero3):
+    if how in (zero, zero3):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install -r requirements-deepspeed.txt")
 
     def job(folder: Path, strategy: dict[str, Any]) -> None:
         module = make(place, on_non_finite=policy)
-        trainer = fit(module, folder, rows, data=IN_ORDER | {"batch_size": 1}, **strategy, accumulate_grad_batches=1)
+        data = IN_ORDER | {"batch_size": 2 if how is split else 1}
+        trainer = fit(module, folder, rows, data=data, **strategy, accumulate_grad_batches=1)
         with gathered(module):
             torch.save(weights(module), folder / f"{trainer.global_rank}.pt")
 
-    codes = in_two_processes(partial(job, tmp_path / "two"), strategy=strategy)
+    codes = in_two_processes(partial(job, tmp_path / "two"), strategy=how)
     assert codes == ([1, 1] if policy == "stop" else [0, 0])
     assert fault(tmp_path / "two/non_finite/step=3.ckpt") == ""
     if policy == "skip":

@@ -12,6 +12,7 @@ from PIL import Image
 from datamodules.batch import Batch, Example
 from datamodules.image import ImageDataModule
 from lightning_modules.multimodal import MultiModalLitModule
+from models.spread import whole
 
 COLOURS = ("red", "blue", "white")
 
@@ -78,8 +79,8 @@ def batches(data: ImageDataModule, generate: bool = False) -> list[Batch]:
 
 
 def weights(module: MultiModalLitModule) -> dict[str, torch.Tensor]:
-    """A copy of all weights and statistics."""
-    return {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
+    """A copy of all weights and statistics, whole also where they are spread over processes, which must meet here."""
+    return {name: whole(tensor).detach().clone() for name, tensor in module.model.state_dict().items()}
 
 
 class Watch(Callback):

@@ -2,6 +2,7 @@
 
 import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,15 +25,18 @@ from lightning_modules.preference import PreferenceLitModule
 from lightning_modules.reward_model import RewardLitModule
 from lightning_modules.strategies import ShardedStrategy
 from models.checkpoint import read_checkpoint
+from models.cross_attention import GatedCrossAttentionFusion
 from models.fusion import Fusion
 from models.language import LanguageModel
 from models.multimodal import MultiModalModel
-from models.spread import whole
+from tests.lightning_modules import test_exact_weighting
 from tests.lightning_modules.media_fakes import make_all, write_media_rows
 from tests.lightning_modules.preference_fakes import make_module
 from tests.lightning_modules.processes import MakeStrategy, ddp, gathered, in_two_processes
-from tests.lightning_modules.run_fakes import Watch, make_data, make_trainer
+from tests.lightning_modules.run_fakes import Watch, make_data, make_trainer, weights
+from tests.lightning_modules.test_exact_weighting import Job
 
+job = test_exact_weighting.job  # a fixture
 LORA = Tune(mode="lora", lora=LoRA(target_modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")))
 KINDS = ("i", "", "va", "i", "a", "", "iv", "a", "", "")
 """Of rows, which two processes take in turn: in most batches they have media of other kinds."""
@@ -54,12 +58,12 @@ def momentum(groups: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
 
 
+def adam(groups: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=1e-3, eps=1e-3, **options)
+
+
 def steady(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-
-
-def all_weights(module: MultiModalLitModule) -> dict[str, Tensor]:
-    return {name: whole(tensor).detach().clone() for name, tensor in module.model.state_dict().items()}
 
 
 @pytest.fixture
@@ -75,6 +79,7 @@ def train(tiny_llm: Path, tiny_clip: Path, tiny_whisper: Path, tmp_path: Path) -
         tune: Tune = LORA,
         narrow: bool = False,
         fusion: Fusion | None = None,
+        optimizer: Callable[[Any], torch.optim.Optimizer] = momentum,
         resume: Path | None = None,
         bad: int | None = None,
         **more: Any,
@@ -82,7 +87,7 @@ def train(tiny_llm: Path, tiny_clip: Path, tiny_whisper: Path, tmp_path: Path) -
         torch.manual_seed(4)
         stored: dict[str, Any] = {"dtype": "bfloat16", "compute_dtype": "float32"} if narrow else {}
         parts = {"language_model": LanguageModel(str(llm), tune=tune, **stored), "fusion": fusion}
-        module = make_all(llm, tiny_clip, tiny_whisper, **parts, optimizer=momentum, lr_scheduler=steady)
+        module = make_all(llm, tiny_clip, tiny_whisper, **parts, optimizer=optimizer, lr_scheduler=steady)
         path = rows
         if bad is not None:  # a row that cannot be used: a process has none in that batch
             lines = rows.read_text().splitlines()
@@ -106,7 +111,7 @@ def train(tiny_llm: Path, tiny_clip: Path, tiny_whisper: Path, tmp_path: Path) -
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
         folder.mkdir(exist_ok=True)
         with gathered(module):
-            torch.save([all_weights(module), losses, metrics], folder / f"{trainer.global_rank}.pt")
+            torch.save([weights(module), losses, metrics], folder / f"{trainer.global_rank}.pt")
 
     return job
 
@@ -157,6 +162,44 @@ def test_so_they_do_in_other_ways(
     train(tmp_path / "one", {}, batch_size=2, **options[case])
     assert in_two_processes(train, tmp_path / "two", strategy=strategy, batch_size=batch_size, **options[case]) == [0, 0]
     same(tmp_path / "one", tmp_path / "two", 1e-5 if strategy is split else 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "batch_size"), [(fsdp, 1), (split, 2)], ids=["fsdp", "split"])
+@pytest.mark.parametrize("case", ["narrow", "crossing", "adam"])
+def test_so_do_models_of_other_kinds(
+    train: Callable[..., None], tmp_path: Path, strategy: MakeStrategy, batch_size: int, case: str
+) -> None:
+    """With frozen weights in bfloat16 and activations that are computed again; with blocks in the decoder that look at media;
+    with Adam, which where layers are sharded may step all weights at a time."""
+    options: dict[str, dict[str, Any]] = {
+        "narrow": {"tune": replace(LORA, activation_checkpointing=True), "narrow": True},
+        "crossing": {"fusion": GatedCrossAttentionFusion(every=2, num_heads=2, head_dim=8), "bad": 3, "max_epochs": 2},
+        "adam": {"optimizer": partial(adam, fused=strategy is fsdp)},
+    }
+    train(tmp_path / "one", {}, batch_size=2, **options[case])
+    assert in_two_processes(train, tmp_path / "two", strategy=strategy, batch_size=batch_size, **options[case]) == [0, 0]
+    same(tmp_path / "one", tmp_path / "two", 1e-5 if strategy is split else 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "batch_size"), [(fsdp, 2), (split, 4)], ids=["fsdp", "split"])
+def test_so_do_pairs(job: Callable[..., Job], tmp_path: Path, strategy: MakeStrategy, batch_size: int) -> None:
+    run = job(DPOLitModule, loss_type={"sigmoid": 0.8, "sft": 1.0})
+    run(tmp_path / "one", {}, 8, 1)
+    assert in_two_processes(run, tmp_path / "two", strategy=strategy, batch_size=batch_size, accumulate=2) == [0, 0]
+    for rank in range(2):
+        test_exact_weighting.same(tmp_path / "one", tmp_path / "two", rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["fused", "foreach"])
+def test_no_optimizer_steps_split_and_whole_weights_at_a_time(train: Callable[..., None], tmp_path: Path, option: str) -> None:
+    def refused(folder: Path, trainer_options: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=f"model.optimizer.{option} is true.*tensor_parallel_size 2.*to false"):
+            train(folder, trainer_options, batch_size=2, optimizer=partial(adam, **{option: True}))
+
+    assert in_two_processes(refused, tmp_path, strategy=split) == [0, 0]
 
 
 @pytest.mark.slow
