@@ -72,6 +72,11 @@ class JsonlFile:
             hint = ". The file ends in the middle of this line: it seems cut, copy or write it again" if is_cut else ""
             raise RowError(self.origin(i), f"{error}{hint}") from error
 
+    @property
+    def sha256(self) -> str:
+        """Of the whole file, found when it was indexed."""
+        return self._index.sha256
+
     def line(self, i: int) -> bytes:
         """The bytes of row i as they stand in the file, without the line feed that ends them.
 

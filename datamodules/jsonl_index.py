@@ -17,8 +17,8 @@ BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 20
 _WORD = np.dtype("<u8")
 _MAGIC = int.from_bytes(b"OMNIJSNL", "little")
-_VERSION = 1
-_HEADER_WORDS = 6  # magic, version, size and mtime_ns of the file, rows, blank lines
+_VERSION = 2
+_HEADER_WORDS = 10  # magic, version, size and mtime_ns of the file, rows, blank lines, SHA-256 of the file
 
 
 class Stamp(NamedTuple):
@@ -31,11 +31,12 @@ class Stamp(NamedTuple):
 class Index(NamedTuple):
     """Where the rows stand: row i begins at byte starts_S[i] and ends before starts_S[i + 1], with blank lines after it.
 
-    blanks_K holds for each blank line the number of rows before it, so that line numbers stay true.
+    blanks_K holds for each blank line the number of rows before it, so that line numbers stay true. sha256 is that of the file.
     """
 
     starts_S: np.ndarray
     blanks_K: np.ndarray
+    sha256: str
 
     def num_blanks_before(self, i: int) -> int:
         """How many blank lines stand before row i."""
@@ -88,13 +89,13 @@ def _load_index(place: Path, stamp: Stamp) -> Index | None:
         if num_bytes < _HEADER_WORDS * _WORD.itemsize or num_bytes % _WORD.itemsize:
             return None
         words = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), _WORD)
-    magic, version, size, mtime_ns, num_rows, num_blanks = (int(word) for word in words[:_HEADER_WORDS])
+    magic, version, size, mtime_ns, num_rows, num_blanks = (int(word) for word in words[:6])
     if (magic, version, Stamp(size, mtime_ns)) != (_MAGIC, _VERSION, stamp):
         return None
     if len(words) != _HEADER_WORDS + num_rows + 1 + num_blanks:
         return None
     starts_S, blanks_K = np.split(words[_HEADER_WORDS:], [num_rows + 1])
-    return Index(starts_S, blanks_K)
+    return Index(starts_S, blanks_K, words[6:_HEADER_WORDS].tobytes().hex())
 
 
 def _write_index(place: Path, data: mmap.mmap, stamp: Stamp) -> None:
@@ -113,6 +114,7 @@ def _write_index(place: Path, data: mmap.mmap, stamp: Stamp) -> None:
             file.write(np.array([stamp.size], _WORD).tobytes() + all_blanks_K.tobytes())
             file.seek(0)
             file.write(np.array([_MAGIC, _VERSION, *stamp, num_rows, len(all_blanks_K)], _WORD).tobytes())
+            file.write(hashlib.sha256(data).digest())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(place)

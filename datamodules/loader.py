@@ -14,6 +14,7 @@ from datamodules.batch import MODALITIES, Batch, Modality
 from datamodules.batching import Batching
 from datamodules.cache import CacheOptions
 from datamodules.collate import Collate
+from datamodules.data_order import check_order, data_order
 from datamodules.judgements import Judgements
 from datamodules.packing import RowSizes
 from datamodules.portion import Portion
@@ -219,22 +220,15 @@ class StatefulLoader(RowLoader):
             before, batches_done = self._before
             if self.progress().batches_done == batches_done:
                 place = before
-        return {**place, "order": self._order()}
+        return {**place, "order": self._order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on at a saved place.
 
         Raises:
-            ValueError: It is a place in another order of rows, or inside of a batch.
+            ValueError: It is a place in another order of rows, or in other rows, or inside of a batch.
         """
-        saved, now = state["order"], self._order()
-        names = dict.fromkeys([*saved, *now])
-        changed = [f"{name} {saved.get(name)} (now {now.get(name)})" for name in names if saved.get(name) != now.get(name)]
-        if changed:
-            raise ValueError(
-                f"the checkpoint's place in the training data belongs to {', '.join(changed)}: a run is resumed with the data "
-                "and options that it had. Set them back, or start a new run from its weights with model.init_from"
-            )
+        check_order(state["order"], self._order)
         self.rows.go_to(state["epoch"], self.batches.batch_behind(state["units"]))
         self.counts = Counter(state["counts"])
         if self.batches.world_size > 1:
@@ -274,20 +268,9 @@ class StatefulLoader(RowLoader):
         units = self.rows.batch * self.batches.global_size
         return {"epoch": self.rows.epoch, "units": units, "counts": dict(self.counts)}
 
+    @cached_property
     def _order(self) -> dict[str, Any]:
-        """What the batches of an epoch are a function of, in words."""
-        order: dict[str, Any] = {"sources": " + ".join(self.portions)} if len(self.portions) > 1 else {}
-        for name, portion in self.portions.items():
-            of_source = f" of {name}" if name else ""
-            order[f"training rows{of_source}"] = portion.num_rows
-            order[f"weight{of_source}"] = portion.weight
-        return {
-            **order,
-            "batch_size x processes x accumulate_grad_batches": self.batches.step_size,
-            **({"batching": str(self.batches.batching)} if self.batches.batching.kind != "rows" else {}),
-            "shuffle": self.rows.shuffle,
-            "seed": self.rows.seed,
-        }
+        return data_order(self.dataset.sources, self.batches, self.sizes)
 
 
 def _key(kind: str, source: str) -> str:

@@ -1,0 +1,65 @@
+"""What the batches of an epoch are a function of: a place among them is one only where all of it is as it was."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from datamodules.dataset import MultiModalDataset
+    from datamodules.packing import RowSizes
+    from datamodules.sampler import GlobalBatches
+
+log = logging.getLogger(__name__)
+
+_HASH = "hash of"
+
+
+def data_order(
+    sources: "Sequence[MultiModalDataset]", batches: "GlobalBatches", sizes: "Callable[[], RowSizes]"
+) -> dict[str, Any]:
+    """The order of the rows, and the rows, in a few words: numbers, options, and hashes of what is long.
+
+    Args:
+        sources: Of the rows.
+        batches: Of them.
+        sizes: Gives the sizes of all rows; asked where they settle which rows come together.
+    """
+    order: dict[str, Any] = {"sources": " + ".join(source.name for source in sources)} if len(sources) > 1 else {}
+    for source, portion in zip(sources, batches.sampler.portions, strict=True):
+        of_source = f" of {source.name}" if source.name else ""
+        order[f"training rows{of_source}"] = portion.num_rows
+        order[f"weight{of_source}"] = portion.weight
+        rows = np.asarray(source.rows, np.int64).tobytes()
+        order[f"{_HASH} rows and prompt_template{of_source}"] = _hash(source.file.sha256, source.prompt_template, rows)
+    order["batch_size x processes x accumulate_grad_batches"] = batches.step_size
+    if batches.batching.kind != "rows":
+        order["batching"] = str(batches.batching)
+        order[f"{_HASH} the rows' sizes"] = _hash(*(array.astype(np.int64).tobytes() for array in sizes()))
+    return {**order, "shuffle": batches.sampler.shuffle, "seed": batches.sampler.seed}
+
+
+def check_order(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compares what `data_order` gave for a checkpoint and gives for the run that goes on from it.
+
+    Raises:
+        ValueError: They differ.
+    """
+    unknown = [name for name in now if name.startswith(_HASH) and name not in saved]
+    names = [name for name in dict.fromkeys([*saved, *now]) if name not in unknown]
+    changed = [f"{name} {saved.get(name)} (now {now.get(name)})" for name in names if saved.get(name) != now.get(name)]
+    if changed:
+        raise ValueError(
+            f"the checkpoint's place in the training data belongs to {', '.join(changed)}: a run is resumed with the data "
+            "and options that it had. Set them back, or start a new run from its weights with model.init_from"
+        )
+    if unknown:
+        log.warning("the checkpoint is from before a %s was kept: it is not checked", ", ".join(unknown))
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
