@@ -5,10 +5,15 @@
 Lengths as in mixtures of images and text: `llava`, 576 image tokens and a text of log-normal length; `mixed`, 0 to 9 pictures of
 256 tokens and such a text; `speech`, 1 to 30 seconds of sound at 12.5 tokens and a short text. An epoch of 200,000 rows goes into
 rows of 4,096 tokens, as training does, in windows of 16,384. `fill` is the share of the packs' places that hold a token (of
-`mixed`), `fill_bound` the share that nobody gets beyond (bound L2 of Martello & Toth), `padded` that of batches of 8 random rows,
-`grouped` that of batches of like length. `imbalance_64` is by how much 64
-processes, each with a pack a step, wait for the slowest (max / mean of the cost that the planner assumes); beside it that of
-packs in random order. `plan_seconds` is the CPU time of packing 1,000,000 rows.
+`mixed`), those packs included that a run keeps ready for epochs with longer rows; `fill_bound` the share that nobody gets beyond
+(bound L2 of Martello & Toth), `padded` that of batches of 8 random rows, `grouped` that of batches of like length.
+
+`imbalance_64` is by how much 64 processes wait for the slowest (max / mean of the cost of their packs), where an optimizer step
+has 4 packs of each process, drawn at random, and computes 64 of like cost at one time; `imbalance_64_random_*` where it has one
+of each process; `imbalance_64_like_cost_*` the same with `like_cost`. The cost is the one that the planner assumes;
+`imbalance_64_other_costs` is the largest of the first and the last of these by two other costs: tokens, attention as in a language
+model of width 4096 and encoders of 5 % of its size; and attention as in one of width 900 and encoders of 3 times its size.
+`plan_seconds` is the CPU time of packing 1,000,000 rows.
 
 `attention_ratio_*` is how much more CPU time attention takes with a mask of the whole row than sample by sample, forward and
 backward, for the pack of median cost and the heads of SmolLM2-135M in float32; `attention_memory_ratio_*` is the same of the peak
@@ -47,6 +52,8 @@ from datamodules.media import MediaLimits, decode, probe
 from datamodules.modality import Modality
 from datamodules.packing import Packs, RowSizes, fewest_packs, imbalance, pack
 from datamodules.parts import media_shape
+from datamodules.portion import Portion
+from datamodules.sampler import GlobalBatches, RowSampler
 from datamodules.sources import MediaRoot
 from encoders.sampling import FrameSampling
 from models.attention_blocks import attend_in_blocks, blocks_of
@@ -76,8 +83,25 @@ def padded_fill(tokens: np.ndarray, rows_a_batch: int = 8) -> float:
 
 def grouped_fill(sizes: RowSizes) -> float:
     """The share of tokens in batches of like length."""
-    groups = Batching(kind="padded", max_tokens=8 * MAX_TOKENS).units(sizes, 1, 0).lists()
+    groups = Batching(kind="padded", max_tokens=8 * MAX_TOKENS).packs(sizes).lists()
     return float(sizes.tokens_R.sum() / sum(int(sizes.tokens_R[rows].max()) * len(rows) for rows in groups))
+
+
+def planned(sizes: RowSizes, packs_a_step: int, like_cost: bool) -> Packs:
+    """The packs of an epoch in their order, for 64 processes with so many packs a step each."""
+    batching = Batching(kind="packed", max_tokens=MAX_TOKENS, like_cost=like_cost)
+    rows = RowSampler([Portion(len(sizes.tokens_R))], shuffle=False, seed=0)
+    batches = GlobalBatches(rows, 1, 0, 64, batching, lambda: sizes, packs_a_step)
+    return batching.units(batching.packs(sizes), sizes, batches.num_units, batches.step_size, 0)
+
+
+def other_costs(sizes: RowSizes) -> list[np.ndarray]:
+    """What rows cost in other models than the planner assumes."""
+    squares_R = sizes.tokens_R.astype(np.float64) ** 2
+    return [
+        sizes.tokens_R + squares_R / 24_576 + 0.05 * sizes.encoded_R,  # 6 * width: attention beside matrix products
+        sizes.tokens_R + squares_R / 5400 + 3 * sizes.encoded_R,
+    ]
 
 
 def attention_costs(lengths: np.ndarray) -> dict[str, tuple[float, float]]:
@@ -151,19 +175,24 @@ def main() -> None:
     args = parser.parse_args()
     figures: dict[str, float] = {}
     plans: dict[str, tuple[RowSizes, Packs]] = {}
-    print(f"{'rows':<8} {'padded':>8} {'grouped':>8} {'packed':>8} {'bound':>8} {'imbalance, at random':>22} {'balanced':>9}")
+    print(
+        f"{'rows':<8} {'padded':>8} {'grouped':>8} {'packed':>8} {'bound':>8} {'wait: random':>14} {'4 packs':>8} {'like cost':>10}"
+    )
+    others: list[float] = []
     for kind in ("llava", "mixed", "speech"):
         sizes = lengths(kind, args.rows)
-        packs = Batching(kind="packed", max_tokens=MAX_TOKENS).units(sizes, 64, 0)
-        plans[kind] = sizes, packs
-        costs = pack_costs(packs, sizes)
-        fill = float(sizes.tokens_R.sum() / (len(packs) * MAX_TOKENS))
+        units = {setting: planned(sizes, *setting) for setting in ((1, False), (4, False), (1, True))}
+        plans[kind] = sizes, units[1, False]
+        fill = float(sizes.tokens_R.sum() / (len(units[1, False]) * MAX_TOKENS))
         bound = float(sizes.tokens_R.sum() / (fewest_packs(sizes.tokens_R, MAX_TOKENS) * MAX_TOKENS))
-        at_random = imbalance(np.random.default_rng(1).permutation(costs), 64)
-        row = (padded_fill(sizes.tokens_R), grouped_fill(sizes), fill, bound, at_random, imbalance(costs, 64))
-        print(f"{kind:<8} {row[0]:>8.3f} {row[1]:>8.3f} {fill:>8.4f} {bound:>8.4f} {at_random:>22.3f} {row[5]:>9.4f}", flush=True)
-        figures |= {f"fill_{kind}": round(fill, 4), f"fill_bound_{kind}": round(bound, 4)}
-        figures |= {f"imbalance_64_{kind}": round(row[5], 4), f"padded_{kind}": round(row[0], 3)}
+        random, several, like_cost = (imbalance(pack_costs(packs, sizes), 64) for packs in units.values())
+        others += [imbalance(packs.sums(cost_R), 64) for packs in list(units.values())[1:] for cost_R in other_costs(sizes)]
+        padded, grouped = padded_fill(sizes.tokens_R), grouped_fill(sizes)
+        shares = f"{kind:<8} {padded:>8.3f} {grouped:>8.3f} {fill:>8.4f} {bound:>8.4f}"
+        print(f"{shares} {random:>14.3f} {several:>8.4f} {like_cost:>10.4f}", flush=True)
+        figures |= {f"fill_{kind}": round(fill, 4), f"fill_bound_{kind}": round(bound, 4), f"padded_{kind}": round(padded, 3)}
+        figures |= {f"imbalance_64_{kind}": round(several, 4), f"imbalance_64_random_{kind}": round(random, 4)}
+        figures[f"imbalance_64_like_cost_{kind}"] = round(like_cost, 4)
     print(f"\n{'attention':<9} {'samples':>8} {'CPU-s, by row':>14} {'by sample':>10} {'MiB, by row':>12} {'by sample':>10}")
     for kind, (sizes, packs) in plans.items():
         costs = pack_costs(packs, sizes)
@@ -186,7 +215,8 @@ def main() -> None:
     pack(sizes, MAX_TOKENS)
     figures["plan_seconds"] = round(time.process_time() - started, 2)
     figures |= {"fill": figures["fill_mixed"], "fill_bound": figures["fill_bound_mixed"]}
-    figures["imbalance_64"] = max(value for name, value in figures.items() if name.startswith("imbalance_64_"))
+    figures["imbalance_64"] = max(figures[f"imbalance_64_{kind}"] for kind in plans)
+    figures["imbalance_64_other_costs"] = round(max(others), 4)
     print(f"1,000,000 rows are packed in {figures['plan_seconds']} CPU-seconds")
     print(json.dumps(figures))
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from datamodules.packing import Packs, RowSizes, balance, from_lists, halve, pack, similar_lengths
+from datamodules.packing import Packs, RowSizes, balance, by_cost_in_steps, from_lists, halve, pack, similar_lengths
 
 _TRIES = 4
 """Orders in which rows are put together anew where they needed too many packs."""
@@ -23,12 +23,16 @@ class Batching:
         max_encoded: Most tokens of encoders (patches, frames of sound) in a pack or padded batch; None: any number.
         window: So many rows, drawn in the order of the epoch, are packed or grouped together. More leave less padding, fewer
             mix better.
+        like_cost: Take packs of like cost into each optimizer step, for processes that have one pack in it and would wait for the
+            dearest. Steps differ more then: long texts come together, and so do pictures. False: the packs of a step are drawn at
+            random, and it computes those of like cost at one time, which serves where each process has several.
     """
 
     kind: Literal["rows", "padded", "packed"] = "rows"
     max_tokens: int = 4096
     max_encoded: int | None = None
     window: int = 16_384
+    like_cost: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 1), ("window", 1), ("max_encoded", 1)):
@@ -71,13 +75,14 @@ class Batching:
             packs: Of an epoch.
             sizes: Of each row, in the order of the epoch.
             num_units: Packs of each epoch.
-            step_size: Packs of an optimizer step, on all processes together: they cost about the same.
+            step_size: Packs of an optimizer step, on all processes together.
             seed: Draws the order, and which packs are halved.
         """
         generator = np.random.default_rng(seed)
         lists = halve(packs.lists(), num_units, generator)
-        order = balance(pack_costs(from_lists(lists), sizes), step_size, generator)
-        return from_lists([lists[unit] for unit in order.tolist()])
+        costs = pack_costs(from_lists(lists), sizes)
+        order = balance(costs, step_size, generator) if self.like_cost else generator.permutation(len(lists))
+        return from_lists([lists[unit] for unit in by_cost_in_steps(costs, order, step_size).tolist()])
 
     def shares(self, sizes: RowSizes) -> np.ndarray:
         """The share of a unit that each row takes at least, whatever it is put together with."""

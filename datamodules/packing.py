@@ -196,10 +196,24 @@ def halve(lists: Sequence[np.ndarray], num_packs: int, generator: np.random.Gene
     return lists
 
 
+def by_cost_in_steps(costs_P: np.ndarray, order_P: np.ndarray, step_size: int) -> np.ndarray:
+    """An order of packs, and within each step of it the packs by their cost.
+
+    The processes that compute at one time wait for the slowest of them: what they get at one time should cost the same. Which
+    packs a step has does not change.
+
+    Args:
+        costs_P: Of each pack.
+        order_P: The packs, in their order.
+        step_size: Packs of a step, on all processes together.
+    """
+    return order_P[np.lexsort((costs_P[order_P], np.arange(len(order_P)) // step_size))]
+
+
 def balance(costs_P: np.ndarray, group_size: int, generator: np.random.Generator) -> np.ndarray:
     """An order of packs in which each stretch of `group_size` holds packs of like cost, the stretches in random order.
 
-    The processes of a step wait for the slowest of them: what they get at one time should cost the same.
+    So packs that are alike come together, and the stretches differ more than those of a random order.
 
     Args:
         costs_P: Of each pack.

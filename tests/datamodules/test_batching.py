@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.batching import Batching
-from datamodules.packing import RowSizes, halve
+from datamodules.batching import Batching, pack_costs
+from datamodules.packing import Packs, RowSizes, from_lists, halve, imbalance
 from datamodules.portion import Portion
 from datamodules.sampler import GlobalBatches, RowSampler
 
@@ -104,6 +104,34 @@ def test_what_does_not_fit_is_spread_over_the_epoch(caplog):
     assert sorted(row for batch in taken for rows in batch for row in rows) == list(range(NUM_ROWS))
     ranks = [[*GlobalBatches(own.sampler, 1, rank, 2, own.batching, lambda: SIZES)] for rank in range(2)]
     assert len(ranks[0]) == len(ranks[1])
+
+
+@pytest.mark.parametrize("like_cost", [False, True])
+def test_steps_are_alike_and_what_is_computed_at_one_time_too(like_cost):
+    """Half of the rows hold a picture. Packs by their cost alone would make steps of pictures and steps of texts."""
+    generator = np.random.default_rng(0)
+    has_picture = generator.random(15_000) < 0.5
+    text = np.minimum(np.exp(generator.normal(6.3, 1.0, 15_000)).astype(int) + 8, 4096)
+    caption = np.minimum(np.exp(generator.normal(4.6, 0.9, 15_000)).astype(int) + 8, 3000)
+    sizes = RowSizes(np.where(has_picture, 576 + caption, text), np.where(has_picture, 576, 0))
+    batching = Batching("packed", like_cost=like_cost)
+    packs = batching.packs(sizes)
+    units = batching.units(packs, sizes, len(packs), 512, 3)
+
+    def shares(packs: Packs) -> np.ndarray:
+        tokens = np.stack([packs.sums(np.where(has_picture, sizes.tokens_R, 0)), packs.sums(sizes.tokens_R)])
+        whole = tokens[:, : len(packs) // 512 * 512].reshape(2, -1, 512).sum(2)
+        return whole[0] / whole[1]
+
+    at_random = from_lists([packs.lists()[place] for place in generator.permutation(len(packs))])
+    assert shares(at_random).std() < 0.02
+    if like_cost:
+        assert shares(units).std() > 0.1
+    else:
+        assert shares(units).std() < 0.03
+    costs = pack_costs(units, sizes)
+    assert imbalance(pack_costs(at_random, sizes), 64) > 1.15
+    assert imbalance(costs, 64) < 1.04  # of 64 processes with 8 packs a step each
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from datamodules.exact_fit import exact_fit
-from datamodules.packing import RowSizes, balance, best_fit, fewest_packs, from_lists, imbalance, pack, similar_lengths
+from datamodules.packing import (
+    RowSizes,
+    balance,
+    best_fit,
+    by_cost_in_steps,
+    fewest_packs,
+    from_lists,
+    imbalance,
+    pack,
+    similar_lengths,
+)
 
 
 def sizes_of(tokens: list[int], encoded: list[int] | None = None) -> RowSizes:
@@ -142,6 +152,12 @@ def test_what_comes_at_one_time_costs_about_the_same():
     assert imbalance(costs, 64) > 2
     assert imbalance(costs[order], 64) < 1.06
     assert not np.array_equal(order, balance(costs, 64, np.random.default_rng(2)))
+
+
+def test_packs_of_a_step_stand_by_their_cost():
+    costs, order = np.array([5.0, 1.0, 4.0, 2.0, 3.0]), np.array([0, 2, 1, 4, 3])
+    assert by_cost_in_steps(costs, order, 3).tolist() == [1, 2, 0, 3, 4]
+    assert by_cost_in_steps(costs, order, 1).tolist() == order.tolist()
 
 
 def test_imbalance_by_hand():
