@@ -5,14 +5,14 @@
 Lengths as in mixtures of images and text: `llava`, 576 image tokens and a text of log-normal length; `mixed`, 0 to 9 pictures of
 256 tokens and such a text; `speech`, 1 to 30 seconds of sound at 12.5 tokens and a short text. An epoch of 200,000 rows goes into
 rows of 4,096 tokens, as training does, in windows of 16,384. `fill` is the share of the packs' places that hold a token (of
-`mixed`), those packs included that a run keeps ready for epochs with longer rows; `fill_bound` the share that nobody gets beyond
-(bound L2 of Martello & Toth), `padded` that of batches of 8 random rows, `grouped` that of batches of like length.
+`mixed`), packs included that a run keeps ready for epochs with longer rows; `fill_bound` the share that nobody gets beyond (bound
+L2 of Martello & Toth), `padded` that of batches of 8 random rows, `grouped` that of batches of like length.
 
 `imbalance_64` is by how much 64 processes wait for the slowest (max / mean of the cost of their packs), where an optimizer step
 has 4 packs of each process, drawn at random, and computes 64 of like cost at one time; `imbalance_64_random_*` where it has one
 of each process; `imbalance_64_like_cost_*` the same with `like_cost`. The cost is the one that the planner assumes;
-`imbalance_64_other_costs` is the largest of the first and the last of these by two other costs: tokens, attention as in a language
-model of width 4096 and encoders of 5 % of its size; and attention as in one of width 900 and encoders of 3 times its size.
+`imbalance_64_other_costs` is the largest of the first and the last of these by two other costs: attention as in a language model
+of width 4096 and encoders of 5 % of its size; and attention as in one of width 900 and encoders of 3 times its size.
 `plan_seconds` is the CPU time of packing 1,000,000 rows.
 
 `attention_ratio_*` is how much more CPU time attention takes with a mask of the whole row than sample by sample, forward and
@@ -175,9 +175,8 @@ def main() -> None:
     args = parser.parse_args()
     figures: dict[str, float] = {}
     plans: dict[str, tuple[RowSizes, Packs]] = {}
-    print(
-        f"{'rows':<8} {'padded':>8} {'grouped':>8} {'packed':>8} {'bound':>8} {'wait: random':>14} {'4 packs':>8} {'like cost':>10}"
-    )
+    titles = f"{'rows':<8} {'padded':>8} {'grouped':>8} {'packed':>8} {'bound':>8}"
+    print(f"{titles} {'wait: random':>14} {'4 packs':>8} {'like cost':>10}")
     others: list[float] = []
     for kind in ("llava", "mixed", "speech"):
         sizes = lengths(kind, args.rows)

@@ -49,7 +49,7 @@ class Batching:
                 be more in the end, if the rows do not fit; None: any number.
         """
         assert self.kind != "rows", "each row is a unit of its own"
-        num_rows = len(sizes.tokens_R)
+        num_rows, sizes = len(sizes.tokens_R), sizes.guessed()
         packs = self._in_windows(sizes, np.arange(num_rows), self.window)
         for seed in range(_TRIES):
             if most is None or len(packs) <= most:
@@ -86,7 +86,10 @@ class Batching:
 
     def shares(self, sizes: RowSizes) -> np.ndarray:
         """The share of a unit that each row takes at least, whatever it is put together with."""
-        shares_R = np.maximum(sizes.tokens_R, 1) / self.max_tokens
+        sizes = sizes.guessed()
+        num_rows_R, longest_R = sizes.padded()
+        tokens_R = num_rows_R * longest_R if self.kind == "padded" else sizes.tokens_R
+        shares_R = np.maximum(tokens_R, 1) / self.max_tokens
         if self.max_encoded is not None:
             shares_R = np.maximum(shares_R, sizes.encoded_R / self.max_encoded)
         return np.minimum(shares_R, 1.0)

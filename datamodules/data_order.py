@@ -39,7 +39,7 @@ def data_order(
     order["batch_size x processes x accumulate_grad_batches"] = batches.step_size
     if batches.batching.kind != "rows":
         order["batching"] = str(batches.batching)
-        order[f"{_HASH} the rows' sizes"] = _hash(*(array.astype(np.int64).tobytes() for array in sizes()))
+        order[f"{_HASH} the rows' sizes"] = _hash(*(array.astype(np.int64).tobytes() for array in sizes() if array is not None))
     return {**order, "shuffle": batches.sampler.shuffle, "seed": batches.sampler.seed}
 
 

@@ -21,6 +21,7 @@ from datamodules.corrupted import corrupt_medium
 from datamodules.jsonl import JsonlFile
 from datamodules.judge import Judge
 from datamodules.media import Decoded, MediaLimits, decode, media_key, probe
+from datamodules.packing import RowSize
 from datamodules.parts import Prepared, media_shape
 from datamodules.processor import Processor
 from datamodules.prompt_template import PromptTemplate
@@ -146,7 +147,15 @@ class MultiModalDataset(RowDataset):
         return [answer.sample for answer in self.candidates(row).answers]
 
     def num_tokens(self, row: int) -> int:
-        return sum(map(self._length, self.samples(row)))
+        return sum(self.lengths(row))
+
+    def lengths(self, row: int) -> list[int]:
+        """The length of each answer that is compared, with a prompt of its own.
+
+        Raises:
+            RowError: The row cannot be used.
+        """
+        return list(map(self._length, self.samples(row)))
 
     def _length(self, sample: Sample) -> int:
         self.processor.check_media(sample)
@@ -167,7 +176,7 @@ class MultiModalDataset(RowDataset):
         except MediaError as error:
             raise RowError(sample.origin, str(error)) from error
 
-    def size(self, row: int) -> tuple[int, int]:
+    def size(self, row: int) -> RowSize:
         return row_size(self, row)
 
     def decode(self, sample: Sample, key: RowKey | None = None) -> dict[Modality, list[tuple[str, Decoded]]]:

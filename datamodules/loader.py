@@ -77,6 +77,7 @@ class RowLoader:
         self.skipped = skipped
         self.num_workers = num_workers
         self.media_cache = media_cache
+        self.all_sizes: RowSizes | None = None
         weights = weights or {}
         self.portions = {s.name: Portion(len(s), weights.get(s.name, 1.0), s.seed) for s in dataset.sources}
         self.rows = RowSampler(list(self.portions.values()), shuffle, seed)
@@ -85,13 +86,11 @@ class RowLoader:
         self._loader: DataLoader[Batch] | None = None
         self._next_report = 1
 
-    @cached_property
-    def _all_sizes(self) -> RowSizes:
-        return row_sizes(self.dataset, self.num_workers)
-
     def sizes(self) -> RowSizes:
         """The sizes of all rows; they are looked at when this is first asked."""
-        return self._all_sizes
+        if self.all_sizes is None:
+            self.all_sizes = row_sizes(self.dataset, self.num_workers)
+        return self.all_sizes
 
     def __len__(self) -> int:
         return len(self.batches)

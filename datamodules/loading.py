@@ -22,7 +22,7 @@ from datamodules.loader import Progress, RowLoader, StatefulLoader
 from datamodules.mixture_dataset import MixtureDataset
 from datamodules.processor import Processor
 from datamodules.row_dataset import RowDataset
-from datamodules.row_sizes import once_a_machine
+from datamodules.row_sizes import agree_on_sizes
 from datamodules.skipped import SkippedRows
 from datamodules.source import Source, Split, check_option, names_with_rows, source_option
 from datamodules.split import Rows, hold_out_rows
@@ -180,7 +180,7 @@ class RowDataModule(L.LightningDataModule):
                 batching=self.batching,
                 batches_a_step=trainer.accumulate_grad_batches if trainer is not None else 1,
             )
-            once_a_machine(self.train_loader, self.trainer)
+            agree_on_sizes(self.train_loader, self.trainer)
             self.train_loader.progress = self._progress if self.trainer is not None else None
             self.train_loader.step_counts = self.step_counts
             if self._resume_state is not None:

@@ -8,6 +8,7 @@ from datamodules.batch import Example, Modality
 from datamodules.conversation import Sample
 from datamodules.dataset import MultiModalDataset
 from datamodules.media import Decoded
+from datamodules.packing import RowSize
 from datamodules.row_dataset import RowDataset, RowKey
 
 
@@ -46,7 +47,7 @@ class MixtureDataset(RowDataset):
         source, own_row = self._find(row)
         return source.num_tokens(own_row)
 
-    def size(self, row: int) -> tuple[int, int]:
+    def size(self, row: int) -> RowSize:
         source, own_row = self._find(row)
         return source.size(own_row)
 

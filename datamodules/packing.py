@@ -14,15 +14,46 @@ _TRIES = 16
 """Packs with room for a row's tokens that are asked whether they have room for its media, too."""
 
 
+class RowSize(NamedTuple):
+    """How much of a batch a row takes: `tokens` of the language model, and `encoded`, that go through encoders.
+
+    Where it is padded, it takes so many rows of the batch (answers that are compared and share no prompt have one each), the
+    longest of `longest` tokens.
+    """
+
+    tokens: int
+    encoded: int
+    num_rows: int
+    longest: int
+
+
 class RowSizes(NamedTuple):
-    """How much of a batch each row takes: `tokens_R` of the language model, and `encoded_R` that go through encoders."""
+    """The `RowSize` of each row; without the last two each takes one row of the batch. 0 tokens: the row cannot be used."""
 
     tokens_R: np.ndarray
     encoded_R: np.ndarray
+    num_rows_R: np.ndarray | None = None
+    longest_R: np.ndarray | None = None
 
     def take(self, rows: np.ndarray) -> "RowSizes":
         """The sizes of some rows."""
-        return RowSizes(self.tokens_R[rows], self.encoded_R[rows])
+        others = (None if values is None else values[rows] for values in (self.num_rows_R, self.longest_R))
+        return RowSizes(self.tokens_R[rows], self.encoded_R[rows], *others)
+
+    def guessed(self) -> "RowSizes":
+        """These sizes, and of rows that cannot be used that of the middle row: they may be usable when their turn comes."""
+        is_known_R = self.tokens_R > 0
+        if is_known_R.all() or not is_known_R.any():
+            return self
+        known = np.flatnonzero(is_known_R)
+        middle = known[np.argsort(self.tokens_R[known], kind="stable")[len(known) // 2]]
+        return self.take(np.where(is_known_R, np.arange(len(is_known_R)), middle))
+
+    def padded(self) -> tuple[np.ndarray, np.ndarray]:
+        """`num_rows_R` and `longest_R`."""
+        if self.num_rows_R is None or self.longest_R is None:
+            return np.ones_like(self.tokens_R), self.tokens_R
+        return self.num_rows_R, self.longest_R
 
 
 class Packs(NamedTuple):
@@ -158,23 +189,25 @@ class _Rooms:
 
 
 def similar_lengths(sizes: RowSizes, max_tokens: int, max_encoded: int | None = None) -> Packs:
-    """Groups rows of like length, for batches that are padded: the longest row of a group times its rows is at most `max_tokens`.
+    """Groups rows of like length, for batches that are padded: the longest row of a batch times its rows is at most `max_tokens`.
 
     Args:
         sizes: Of each row.
         max_tokens: Tokens of a group, its padding included.
         max_encoded: Tokens of encoders in a group; None: any number.
     """
-    order_R = np.argsort(sizes.tokens_R, kind="stable")
+    num_rows_R, longest_R = sizes.padded()
+    order_R = np.argsort(longest_R, kind="stable")
     groups: list[list[int]] = [[]]
-    encoded_sum = 0
+    height, encoded_sum = 0, 0
     for row in order_R.tolist():
-        size, encoded = int(sizes.tokens_R[row]), int(sizes.encoded_R[row])  # the longest of its group so far
-        is_full = size * (len(groups[-1]) + 1) > max_tokens or (max_encoded is not None and encoded_sum + encoded > max_encoded)
+        own, longest, encoded = int(num_rows_R[row]), int(longest_R[row]), int(sizes.encoded_R[row])  # the longest so far
+        is_full = longest * (height + own) > max_tokens or (max_encoded is not None and encoded_sum + encoded > max_encoded)
         if groups[-1] and is_full:
             groups.append([])
-            encoded_sum = 0
+            height, encoded_sum = 0, 0
         groups[-1].append(row)
+        height += own
         encoded_sum += encoded
     return from_lists([group for group in groups if group])
 

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from datamodules.batch import Example, Modality, RowError
 from datamodules.conversation import Sample
 from datamodules.media import Decoded
+from datamodules.packing import RowSize
 from datamodules.processor import Processor
 
 if TYPE_CHECKING:
@@ -77,10 +78,8 @@ class RowDataset(Dataset[Example]):
         """
 
     @abstractmethod
-    def size(self, row: int) -> tuple[int, int]:
-        """What a row takes of a batch: tokens of the language model, and tokens that go through encoders; see `num_tokens`.
-
-        Here answers that are compared share what they share in a batch.
+    def size(self, row: int) -> RowSize:
+        """How much of a batch a row takes; see `num_tokens`, but answers that are compared share what they share in a batch.
 
         Raises:
             RowError: The row cannot be used.

@@ -2,8 +2,11 @@
 
 import hashlib
 import logging
+import math
 import os
 import secrets
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +18,7 @@ from datamodules.answer_examples import answer_example
 from datamodules.answer_rows import answer_rows
 from datamodules.batch import MODALITIES, Example, RowError
 from datamodules.content import Media
-from datamodules.packing import RowSizes
+from datamodules.packing import RowSize, RowSizes
 from datamodules.parts import Prepared
 
 if TYPE_CHECKING:
@@ -27,8 +30,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_SECONDS = 60.0
+"""Processes meet so often while one of them looks at sizes; the timeout of their group is minutes."""
+_ROWS = 256
+"""Rows that a worker looks at at a time."""
 
-def row_size(dataset: "MultiModalDataset", row: int) -> tuple[int, int]:
+
+def row_size(dataset: "MultiModalDataset", row: int) -> RowSize:
     """See `RowDataset.size`: the example is made, but of media whose tensors are empty.
 
     Raises:
@@ -39,7 +47,8 @@ def row_size(dataset: "MultiModalDataset", row: int) -> tuple[int, int]:
         samples = dataset.samples(row)
         media = {(modality, medium) for modality in MODALITIES for sample in samples for medium in sample.media(modality)}
         encoded = sum(processor.num_tokens(modality, dataset.shape(medium, samples[0])) for modality, medium in media)
-        return dataset.num_tokens(row), encoded
+        lengths = dataset.lengths(row)
+        return RowSize(sum(lengths), encoded, len(lengths), max(lengths))
     features: dict[str, int] = {}
     sample = dataset.samples(row)[0]
 
@@ -56,7 +65,8 @@ def row_size(dataset: "MultiModalDataset", row: int) -> tuple[int, int]:
         candidates = dataset.candidates(row)
         example = answer_example(candidates, processor, form, outline, lambda medium, place: outline(medium, place, "~"))
     rows, _ = answer_rows([example])
-    return sum(len(own.tokens) for own in rows), sum(features.values())
+    lengths = [len(own.tokens) for own in rows]
+    return RowSize(sum(lengths), sum(features.values()), len(lengths), max(lengths))
 
 
 def row_sizes(dataset: "RowDataset", num_workers: int) -> RowSizes:
@@ -64,36 +74,23 @@ def row_sizes(dataset: "RowDataset", num_workers: int) -> RowSizes:
 
     They are kept in the user's cache folder, and found there as long as file, media limits, processor and objective are the
     same. (The media are looked at once: a picture that is replaced by a larger one makes a pack longer than was planned.)
+    A row that could not be used is looked at again the next time, unless a run goes on.
 
     Args:
         dataset: The rows.
         num_workers: Processes that read the headers; 0: this one does it.
     """
-    sizes = [_of_source(source, num_workers) for source in dataset.sources]
-    return RowSizes(*(np.concatenate(parts) for parts in zip(*sizes, strict=True)))
+    looks = [_Look(source, num_workers) for source in dataset.sources]
+    for look in looks:
+        look.go_on(math.inf)
+    return _of_all(looks)
 
 
-def _of_source(source: "MultiModalDataset", num_workers: int) -> RowSizes:
-    place = _place(source)
-    if place.is_file():
-        return RowSizes(*np.load(place, allow_pickle=False))
-    log.warning("%s: looking at the sizes of %s rows, once, to fill batches with them", source.file.path, f"{len(source):,}")
-    own = torch.Generator()  # a loader that draws from the global one would make the first run another one than later ones
-    loader = DataLoader(_Sizes(source), batch_size=256, num_workers=num_workers, collate_fn=list, generator=own)
-    sizes_2R = np.array([size for sizes in loader for size in sizes], np.int32).reshape(-1, 2).T
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f"{place.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            np.save(file, sizes_2R)
-        temporary.replace(place)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return RowSizes(*sizes_2R)
+def agree_on_sizes(loader: "RowLoader", trainer: "L.Trainer | None") -> None:
+    """Lets the first process look at the sizes that a loader needs, and tells them to the others, which plan the same with them.
 
-
-def once_a_machine(loader: "RowLoader", trainer: "L.Trainer | None") -> None:
-    """Lets one process of each machine look at the sizes that a loader needs, so that the others find what it wrote down.
+    It may take hours. So the processes meet every minute: a collective operation that waits longer than its timeout would end
+    the run. What has been looked at by then is kept.
 
     Args:
         loader: The loader.
@@ -101,31 +98,98 @@ def once_a_machine(loader: "RowLoader", trainer: "L.Trainer | None") -> None:
     """
     if trainer is None or loader.batches.batching.kind == "rows":
         return
-    if trainer.local_rank == 0:
-        loader.sizes()
-    trainer.strategy.barrier("sizes of the rows")
+    # a run that goes on keeps the sizes, and with them the packs, that it began with
+    again = trainer.ckpt_path is None
+    looks = [_Look(source, loader.num_workers, again) for source in loader.dataset.sources] if trainer.global_rank == 0 else []
+    is_done = False
+    while not is_done:
+        is_done = trainer.strategy.reduce_boolean_decision(all(look.go_on(_SECONDS) for look in looks))
+    loader.all_sizes = trainer.strategy.broadcast(_of_all(looks) if looks else None)
 
 
-class _Sizes(Dataset[tuple[int, int]]):
-    """The size of each row."""
+class _Look:
+    """A look at the sizes of the rows of a source, with breaks; they are kept from run to run.
 
-    def __init__(self, source: "MultiModalDataset") -> None:
+    Args:
+        source: The rows.
+        num_workers: Processes that read the headers; 0: this one does it.
+        again: Look again at rows that could not be used.
+    """
+
+    def __init__(self, source: "MultiModalDataset", num_workers: int, again: bool = True) -> None:
         self.source = source
+        self.num_workers = num_workers
+        self._file = _place(source)
+        is_kept = self._file.is_file()
+        # 0 tokens: the row could not be used; below: it has not been looked at
+        self.sizes_4R = np.load(self._file, allow_pickle=False) if is_kept else np.full((4, len(source)), -1, np.int32)
+        self._ahead = np.flatnonzero(self.sizes_4R[0] < again)
+        if len(self._ahead):
+            log.warning(
+                "%s: looking at the sizes of %s rows, to fill batches with them", source.file.path, f"{len(self._ahead):,}"
+            )
+
+    def go_on(self, seconds: float) -> bool:
+        """Looks at more rows.
+
+        Args:
+            seconds: Then it stops, behind some hundreds of rows.
+
+        Returns:
+            Whether all have been looked at.
+        """
+        if not len(self._ahead):
+            return True
+        own = torch.Generator()  # a loader that draws from the global one would make the first run another one than later ones
+        rows = _Sizes(self.source, self._ahead)
+        loader = DataLoader(rows, batch_size=_ROWS, num_workers=self.num_workers, collate_fn=list, generator=own)
+        started, num_done = time.monotonic(), 0
+        for sizes in loader:
+            self.sizes_4R[:, self._ahead[num_done : num_done + len(sizes)]] = np.array(sizes, np.int32).T
+            num_done += len(sizes)
+            if time.monotonic() - started >= seconds:
+                break
+        self._ahead = self._ahead[num_done:]
+        self._keep()
+        return not len(self._ahead)
+
+    def _keep(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._file.with_name(f"{self._file.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with temporary.open("xb") as file:
+                np.save(file, self.sizes_4R)
+            temporary.replace(self._file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _of_all(looks: Sequence[_Look]) -> RowSizes:
+    return RowSizes(*np.concatenate([look.sizes_4R for look in looks], axis=1))
+
+
+class _Sizes(Dataset[RowSize]):
+    """The sizes of some rows."""
+
+    def __init__(self, source: "MultiModalDataset", rows: np.ndarray) -> None:
+        self.source = source
+        self.rows = rows
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.rows)
 
-    def __getitem__(self, row: int) -> tuple[int, int]:
+    def __getitem__(self, place: int) -> RowSize:
         try:
-            return self.source.size(row)
+            return self.source.size(int(self.rows[place]))
         except RowError:  # its turn in a batch names it
-            return 0, 0
+            return RowSize(0, 0, 0, 0)
 
 
 def _place(source: "MultiModalDataset") -> Path:
     """Where the sizes of a source are kept: under a hash of all that they depend on but the media themselves."""
     status = source.file.path.stat()
     told = (
+        "tokens, encoded, num_rows, longest",
         str(source.file.path.resolve()),
         status.st_size,
         status.st_mtime_ns,

@@ -111,14 +111,13 @@ def _of_rank(every: GlobalBatches, rank: int, sizes: RowSizes) -> Iterator[Plann
     own.rank = rank
     for keys in own:
         rows = np.array([key.row for key in keys], np.int64)
-        tokens_R = sizes.tokens_R[rows]
-        if own.batching.kind == "packed":
-            slots = np.array([key.slot for key in keys])
-            tokens_R = np.bincount(slots, tokens_R).astype(np.int64) if len(slots) else tokens_R
-        usable_R = tokens_R[tokens_R > 0]
-        if len(usable_R):
-            places = len(usable_R) * int(usable_R.max())
-            yield PlannedBatch(tuple(keys), places, int(usable_R.sum()), int(sizes.encoded_R[rows].sum()))
+        tokens_R, (num_rows_R, longest_R) = sizes.tokens_R[rows], sizes.take(rows).padded()
+        if own.batching.kind == "packed" and len(rows):
+            longest_R = np.bincount(np.array([key.slot for key in keys]), tokens_R).astype(np.int64)
+            num_rows_R = np.ones_like(longest_R)
+        if tokens_R.any():
+            places = int(num_rows_R[longest_R > 0].sum() * longest_R.max())
+            yield PlannedBatch(tuple(keys), places, int(tokens_R.sum()), int(sizes.encoded_R[rows].sum()))
 
 
 def _total_steps(trainer: Namespace, steps: int) -> int | None:

@@ -2,20 +2,22 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from datamodules import media_image
 from datamodules.answer_form import AnswerForm
 from datamodules.batch import RowError
 from datamodules.batching import Batching
 from datamodules.collate import collate
 from datamodules.dataset import MultiModalDataset
+from datamodules.loader import RowLoader
+from datamodules.packing import RowSizes
 from datamodules.prompt_options import PromptOptions
-from datamodules.row_sizes import row_sizes
+from datamodules.row_sizes import agree_on_sizes, row_sizes
 from lightning_modules.processors import make_processor
 from models.multimodal import MultiModalModel
 from models.pretrained import PretrainedMLLM
@@ -79,7 +81,8 @@ def test_sizes_of_pictures_clips_and_sounds_are_those_of_the_processor(family, t
 def test_they_are_found_again_and_not_where_something_changed(dataset, cache_home, monkeypatch):
     first = row_sizes(dataset, num_workers=0)
     with monkeypatch.context() as change:
-        change.setattr(media_image, "probe_image", lambda *args: pytest.fail("a header was read"))
+        size = MultiModalDataset.size
+        change.setattr(MultiModalDataset, "size", lambda own, row: size(own, row) if row in (3, 5) else pytest.fail("read again"))
         again = row_sizes(dataset, num_workers=0)
     assert np.array_equal(first.tokens_R, again.tokens_R)
     (kept,) = (cache_home / "omnilit" / "sizes").iterdir()
@@ -91,7 +94,7 @@ def test_they_are_found_again_and_not_where_something_changed(dataset, cache_hom
 
 
 def test_workers_find_the_same(dataset):
-    alone = [dataset.size(row) if row not in (3, 5) else (0, 0) for row in range(9)]
+    alone = [dataset.size(row)[:2] if row not in (3, 5) else (0, 0) for row in range(9)]
     sizes = row_sizes(dataset, num_workers=2)
     assert [*zip(sizes.tokens_R.tolist(), sizes.encoded_R.tolist(), strict=True)] == alone
 
@@ -105,9 +108,80 @@ def test_answers_share_their_prompt(tmp_path, row_processor):
         form = AnswerForm("pairs", shared_prompt=shared)
         dataset = MultiModalDataset(str(tmp_path / "pairs.jsonl"), str(tmp_path), row_processor, answer_form=form)
         batch = collate([dataset[0]], pad_id=0)
-        tokens, encoded = dataset.size(0)
-        assert (tokens, encoded) == (batch["num_tokens"], 2)
+        assert dataset.size(0) == (batch["num_tokens"], 2, *batch["tokens_BT"].shape)
         assert len(batch["tokens_BT"]) == (1 if shared else 2)
+
+
+def test_what_could_not_be_read_is_looked_at_again(dataset, monkeypatch):
+    """A start before the pictures were copied must not leave rows without a size for ever."""
+    lost = row_sizes(dataset, num_workers=0).tokens_R
+    assert np.flatnonzero(lost == 0).tolist() == [3, 5]
+    looked_at = []
+    size = MultiModalDataset.size
+    monkeypatch.setattr(MultiModalDataset, "size", lambda own, row: looked_at.append(row) or size(own, row))
+    Image.new("RGB", (30, 20), "red").save(dataset.media_root.path / "lost.png")
+    loader = RowLoader(dataset, 1, {}, batching=Batching("packed"))
+    alone = SimpleNamespace(reduce_boolean_decision=lambda is_done: is_done, broadcast=lambda sizes: sizes)
+    agree_on_sizes(loader, SimpleNamespace(global_rank=0, ckpt_path="last.ckpt", strategy=alone))
+    assert np.array_equal(loader.sizes().tokens_R, lost) and not looked_at  # a run goes on with the packs that it began with
+    found = row_sizes(dataset, num_workers=0).tokens_R
+    assert looked_at == [3, 5]
+    assert found[5] == len(dataset[5].tokens) and np.flatnonzero(found != lost).tolist() == [5]
+
+
+@pytest.mark.parametrize("kind", ["packed", "padded"])
+def test_rows_that_cannot_be_used_are_not_all_put_into_one_batch(kind):
+    tokens = np.array([30] * 10 + [0] * 40)
+    packs = Batching(kind, max_tokens=150).packs(RowSizes(tokens, np.zeros_like(tokens)))
+    assert max(map(len, packs.lists())) == 5
+
+
+def test_a_look_at_many_rows_is_kept_in_parts_and_the_processes_meet_meanwhile(tmp_path, row_processor, monkeypatch):
+    monkeypatch.setattr("datamodules.row_sizes._SECONDS", 0.0)
+    monkeypatch.setattr("datamodules.row_sizes._ROWS", 4)
+    dataset = MultiModalDataset(str(write_rows(tmp_path / "rows.jsonl", 11)), str(tmp_path), row_processor)
+    met = []
+
+    class Strategy:
+        def reduce_boolean_decision(self, is_done: bool) -> bool:
+            met.append(is_done)
+            if len(met) == 2:
+                raise KeyboardInterrupt  # the run is ended in the middle
+            return is_done
+
+        def broadcast(self, sizes: RowSizes) -> RowSizes:
+            return sizes
+
+    loader = RowLoader(dataset, 1, {}, batching=Batching("packed"))
+    trainer = SimpleNamespace(global_rank=0, ckpt_path=None, strategy=Strategy())
+    with pytest.raises(KeyboardInterrupt):
+        agree_on_sizes(loader, trainer)
+    looked_at = []
+    size = MultiModalDataset.size
+    monkeypatch.setattr(MultiModalDataset, "size", lambda own, row: looked_at.append(row) or size(own, row))
+    agree_on_sizes(loader, trainer)
+    assert looked_at == [8, 9, 10] and met == [False, False, True]
+    assert loader.sizes().tokens_R.tolist() == [len(dataset[row].tokens) for row in range(11)]
+    other = RowLoader(dataset, 1, {}, batching=Batching("packed"))
+    told = SimpleNamespace(reduce_boolean_decision=lambda is_done: is_done, broadcast=lambda sizes: loader.sizes())
+    agree_on_sizes(other, SimpleNamespace(global_rank=1, ckpt_path=None, strategy=told))  # does not look itself
+    assert other.sizes() is loader.sizes()
+
+
+@pytest.mark.parametrize("answer_form", [AnswerForm("pairs", shared_prompt=False), AnswerForm("pairs", corrupt_media=True)])
+def test_padded_batches_of_answers_that_share_nothing_fit(tmp_path, row_processor, answer_form):
+    generator = np.random.default_rng(2)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    rows = [
+        {"prompt": "<image>Say it.", "chosen": "word " * int(number), "rejected": "no", "images": ["a.png"]}
+        for number in generator.integers(1, 60, 40)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = MultiModalDataset(str(tmp_path / "pairs.jsonl"), str(tmp_path), row_processor, answer_form=answer_form)
+    groups = Batching("padded", max_tokens=2000).packs(row_sizes(dataset, num_workers=0)).lists()
+    places = [collate([dataset[int(row)] for row in group], 0)["tokens_BT"].numel() for group in groups]
+    assert len(groups) > 1 and max(places) <= 2000
+    assert np.median(places) > 1500
 
 
 def test_a_packed_epoch_has_each_good_row_once(tmp_path, make_image_data):
