@@ -19,7 +19,9 @@ class Batching:
         kind: `rows`: `data.batch_size` rows, padded to the longest. `padded`: rows of like length, as many as fit `max_tokens`
             with their padding, whatever `data.batch_size`. `packed`: `data.batch_size` packs of up to `max_tokens`, each of
             several rows, which do not see each other: their losses and gradients are those that they have alone.
-        max_tokens: Tokens of a pack, or of a padded batch. A longer row stands alone.
+        max_tokens: Tokens of a pack, or of a padded batch. A longer row stands alone. Lengths are those without augmentation: a
+            crop may leave a ready model fewer tokens. A model whose language model cannot let compared answers share a prompt
+            reads each behind a copy of it, which is not counted.
         max_encoded: Most tokens of encoders (patches, frames of sound) in a pack or padded batch; None: any number.
         window: So many rows, drawn in the order of the epoch, are packed or grouped together. More leave less padding, fewer
             mix better.
