@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ class Manifest:
         step: Optimizer steps that it holds.
         files: Its files, by their path in the folder in which the checkpoint lies.
         wandb_run_id: The W&B run that it belongs to; None: there is none.
-        written_ns: When, in nanoseconds of the epoch.
+        written_ns: When, in nanoseconds of the epoch; behind those that the run has written before, whatever the clock says.
     """
 
     step: int
@@ -101,6 +101,7 @@ def publish(path: Path, manifest: Manifest) -> None:
         OSError: The disk fails. What stood there before, if anything, stands there still, or the new one does.
     """
     temporary, described = temporary_name(path), manifest_path(path)
+    manifest = replace(manifest, written_ns=max(manifest.written_ns, _last_written_ns(path.parent) + 1))
     with temporary_name(described).open("w", encoding="utf-8") as file:
         files = {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in manifest.files.items()}
         json.dump({**asdict(manifest), "files": files}, file, indent=1)
@@ -196,6 +197,12 @@ def sweep(folder: Path) -> None:
     for file in folder.glob(f"*{SUFFIX}"):
         if not (folder / file.name.removesuffix(SUFFIX)).exists():
             file.unlink(missing_ok=True)
+
+
+def _last_written_ns(folder: Path) -> int:
+    """When the newest checkpoint of a run was written, by the clock of its machine, which may go before that of this one."""
+    files = (*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*/*{SUFFIX}"), *folder.parent.glob(f"*{SUFFIX}"))
+    return max((manifest.written_ns for file in files if (manifest := _read(file)) is not None), default=0)
 
 
 def _manifests(path: Path) -> list[Manifest]:

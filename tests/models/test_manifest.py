@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,3 +145,17 @@ def test_what_could_not_be_finished_is_discarded(tmp_path: Path) -> None:
     discard(path)
     discard(path)
     assert fault(path) == "" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_newest_is_the_one_that_was_written_last_by_any_clock(tmp_path: Path) -> None:
+    """A job that was put back into the queue goes on where the clock is an hour behind."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    save(folder / "first.ckpt", "one", write_file, step=1)
+    places = (folder / "last.ckpt", folder / "best.ckpt", tmp_path / "hpc_ckpt_1.ckpt", folder / "last.ckpt")
+    for step, path in enumerate(places, start=2):
+        write_file(temporary_name(path), str(step))
+        sums = file_sums(temporary_name(path), path.name)
+        publish(path, Manifest(step, sums, written_ns=time.time_ns() - 3_600 * 10**9))
+        found = newest([folder, tmp_path])
+        assert found is not None and (found.path, found.manifest.step) == (path, step)
