@@ -96,7 +96,8 @@ class ShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Writes a file, or a folder under a temporary name that is then renamed, with its manifest."""
         if not self._save_distributed_checkpoint:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            if self.is_global_zero:  # Lightning would first remove a folder that has the name
+                self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
         temporary, step, run_id = temporary_name(path), checkpoint.get("global_step", 0), checkpoint.get("wandb_run_id")
@@ -120,15 +121,22 @@ class ShardedStrategy(ModelParallelStrategy):
             return self.checkpoint_io.load_checkpoint(path)
         if problem := self.broadcast(fault(path) if self.is_global_zero else ""):
             raise ValueError(f"{path} is not what its manifest says: {problem}. Take another checkpoint of the run")
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
         assert self.model is not None
+        held = {keys[:3] for keys in dcp.FileSystemReader(path).read_metadata().planner_data.values()}
         shards: dict[str, Any] = {"state_dict": {name.removeprefix("model."): x for name, x in self._saved().items()}}
         for number, optimizer in enumerate(self.optimizers):
-            shards[f"optimizer_{number}"] = get_optimizer_state_dict(self.model, optimizer)
+            name = f"optimizer_{number}"
+            state = get_optimizer_state_dict(self.model, optimizer)
+            # a part that had no rows yet has none, neither there nor in the optimizer that goes on
+            known = cast("dict[str, Any]", state["state"])
+            of_weights = {weight: value for weight, value in known.items() if (name, "state", weight) in held}
+            shards[name] = {**state, "state": of_weights}
         dcp.load(shards, checkpoint_id=path)
+        some = StateDictOptions(strict=False)
         for number, optimizer in enumerate(self.optimizers):
-            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=shards[f"optimizer_{number}"])
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=shards[f"optimizer_{number}"], options=some)
         checkpoint: dict[str, Any] = torch.load(path / METADATA, map_location="cpu", weights_only=True)
         return checkpoint | {"state_dict": shards["state_dict"], "optimizer_states": []}
 

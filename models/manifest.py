@@ -107,7 +107,7 @@ def publish(path: Path, manifest: Manifest) -> None:
         json.dump({**asdict(manifest), "files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    if path.is_dir():  # a folder with something in it cannot be replaced
+    if path.exists() and (path.is_dir() or temporary.is_dir()):  # neither replaces the other, nor what is in a folder
         path.replace(_aside(path))
     temporary.replace(path)
     temporary_name(described).replace(described)
@@ -116,7 +116,7 @@ def publish(path: Path, manifest: Manifest) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-    shutil.rmtree(_aside(path), ignore_errors=True)
+    _remove(_aside(path))
 
 
 def copy(source: Path, path: Path) -> None:

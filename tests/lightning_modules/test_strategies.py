@@ -241,6 +241,7 @@ HOW: dict[str, tuple[MakeStrategy | None, int]] = {
     "split_folder": (partial(split, folder=True), 2),
 }
 """By name a strategy, and the rows of a batch on each process."""
+LAST = "run/checkpoints/last.ckpt"
 
 
 @pytest.mark.slow
@@ -264,6 +265,29 @@ def test_a_run_goes_on_with_another_strategy(train: Callable[..., None], tmp_pat
     assert not list(checkpoint.parent.glob(".*"))
     run(then, tmp_path / "then", resume=checkpoint, max_steps=5)
     same(tmp_path / "whole", tmp_path / "then", 1e-5 if "split" in first + then else 1e-6, first_step=3)
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no sound in the rows of the first three steps, which so have trained no part of it."""
+    monkeypatch.setattr(f"{__name__}.KINDS", ("i", "", "iv", "i", "", "vi", "a", "", "a", ""))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["fsdp_folder", "fsdp"])
+def test_a_folder_without_what_a_part_has_not_learnt_yet(
+    late: None, train: Callable[..., None], tmp_path: Path, then: str
+) -> None:
+    """A run goes on from it, with shards or in one file, which takes the folder's place."""
+    train(tmp_path / "whole", {}, batch_size=2, max_steps=5)
+    for name, options in (("fsdp_folder", {"max_steps": 3}), (then, {"resume": LAST, "max_steps": 5})):
+        strategy, batch_size = HOW[name]
+        assert strategy is not None
+        options = {key: tmp_path / value if key == "resume" else value for key, value in options.items()}
+        codes = in_two_processes(train, tmp_path / "run", strategy=strategy, batch_size=batch_size, **options)
+        assert codes == [0, 0]
+    same(tmp_path / "whole", tmp_path / "run", 1e-6, first_step=3)
+    assert (tmp_path / LAST).is_dir() == then.endswith("folder") and not list((tmp_path / LAST).parent.glob(".*"))
 
 
 @pytest.mark.slow

@@ -159,3 +159,11 @@ def test_the_newest_is_the_one_that_was_written_last_by_any_clock(tmp_path: Path
         publish(path, Manifest(step, sums, written_ns=time.time_ns() - 3_600 * 10**9))
         found = newest([folder, tmp_path])
         assert found is not None and (found.path, found.manifest.step) == (path, step)
+
+
+def test_a_folder_takes_the_place_of_a_file_and_the_other_way_round(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    for step, write in enumerate((write_file, write_shards, write_file)):
+        save(path, str(step), write, step=step)
+        assert content(path) == str(step) and read_manifest(path) is not None
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.manifest.json"]
