@@ -15,8 +15,9 @@ from encoders.image_base import ImageEncoder
 from encoders.tuning import Tune
 from models.language import LanguageModel
 from models.pretrained import PretrainedMLLM
+from planning.placement import Placement
 from planning.run import Plan, Run, plan_run
-from planning.zero import MASTERS
+from planning.zero import MASTERS, Zero
 
 Change = tuple[str, Run]
 """Flags of the command line, and the run with them."""
@@ -100,9 +101,8 @@ def _smaller_weights(run: Run) -> Iterator[Change]:
     if placement.replicas > 1 and not is_spread and language_model.quantize is None:
         sharded = replace(placement, is_sharded=True, has_buckets=False)
         yield "--config configs/strategy/fsdp.yaml", replace(run, placement=sharded)
-    if placement.zero is not None and not placement.zero.offload_optimizer:
-        offloaded = replace(placement, zero=replace(placement.zero, offload_optimizer=True))
-        yield "--trainer.strategy.offload_optimizer true", replace(run, placement=offloaded)
+    if placement.zero is not None:
+        yield from _smaller_shares(run, placement, placement.zero)
     if is_frozen and language_model.dtype == "float32" and language_model.quantize is None:
         yield "--model.language_model.dtype bfloat16", _with_options(run, "language_model", dtype="bfloat16")
     for name, part in run.model.parts().items():
@@ -122,6 +122,21 @@ def _smaller_weights(run: Run) -> Iterator[Change]:
         yield "--model.language_model.tune.mode lora", _with_options(run, "language_model", tune=tune)
     if is_frozen and language_model.quantize is None and not is_spread and language_model.pretrained:
         yield "--model.language_model.quantize nf4", _with_options(run, "language_model", quantize="nf4")
+
+
+def _smaller_shares(run: Run, placement: Placement, zero: Zero) -> Iterator[Change]:
+    """The next stage of ZeRO, and what it can put into the memory of the machine."""
+    if zero.stage == 2:
+        yield (
+            "--trainer.strategy.stage 3",
+            replace(run, placement=replace(placement, is_sharded=True, zero=replace(zero, stage=3))),
+        )
+    if not zero.offload_optimizer:
+        offloaded = replace(zero, offload_optimizer=True)
+        yield "--trainer.strategy.offload_optimizer true", replace(run, placement=replace(placement, zero=offloaded))
+    if zero.stage == 3 and not zero.offload_parameters:
+        offloaded = replace(zero, offload_parameters=True)
+        yield "--trainer.strategy.offload_parameters true", replace(run, placement=replace(placement, zero=offloaded))
 
 
 def _less_activations(run: Run, plan: Plan) -> Iterator[Change]:

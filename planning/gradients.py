@@ -1,6 +1,8 @@
 """Gradients and the state of an optimizer, as a step finds them and leaves them."""
 
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -26,6 +28,7 @@ class Gradients:
     def __init__(
         self, outline: Outline, allocations: Allocations, accumulates: bool, on_cpu: bool = False, share: float = 1.0
     ) -> None:
+        self.outline = outline
         self.weights: list[nn.Parameter] = [weight for weight in outline.weights if weight.requires_grad]
         self.optimizer: Optimizer = outline.module.optimizer(parameter_groups(outline.module.parts()))
         self.allocations, self.accumulates, self.share = allocations, accumulates, share
@@ -40,6 +43,15 @@ class Gradients:
     def on_host(self) -> Counter[str]:
         """Bytes that a device has in the memory of the machine instead, at the peak, by kind."""
         return Counter()
+
+    @property
+    def beside(self) -> Counter[str]:
+        """Bytes that a device has besides what is allocated, by kind: weights that a forward pass keeps."""
+        return Counter()
+
+    def forward(self) -> AbstractContextManager[Any]:
+        """The context of a forward pass."""
+        return nullcontext()
 
     def update(self) -> None:
         """The end of the step before: its gradients are there, and the optimizer changes the weights."""

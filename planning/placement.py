@@ -16,7 +16,7 @@ from lightning_modules.zero import ZeroPrecision, ZeroStrategy
 from models.parallel import check_not_quantised, tensor_plan
 from planning.outline import Outline
 from planning.precision import precision_of
-from planning.zero import Zero, gathered
+from planning.zero import GATHERED, Zero, gathered
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,10 @@ def held_bytes(outline: Outline, placement: Placement) -> Counter[str]:
         whole += size if is_shard and not any(weight in layer for layer in layers) else 0
     held["buffers"] = sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in outline.module.buffers()}.values())
     if placement.zero is not None and placement.is_sharded:
-        held["gathered layers"] = whole + gathered([[(x.numel(), outline.num_bytes(x)) for x in layer] for layer in layers])
+        held[GATHERED] = whole + gathered([[(x.numel(), outline.num_bytes(x)) for x in layer] for layer in layers])
     elif placement.is_sharded:
         sizes = [sum(outline.num_bytes(x) * (2 if x.requires_grad else 1) for x in layer) for layer in layers]
-        held["gathered layers"] = whole + 2 * max(sizes)
+        held[GATHERED] = whole + 2 * max(sizes)
     if placement.has_buckets:
         held["DDP's buckets"] = sum(outline.num_bytes(weight) for weight in outline.weights if weight.requires_grad)
     return held

@@ -61,7 +61,7 @@ def run_step(
     gradients.update()
     states = allocations.held[STATES]
     with allocations:
-        with precision.forward_context():
+        with gradients.forward(), precision.forward_context():
             result = module.step(batch, "train")
         assert result is not None, "the batch has rows"
         gradients.begin()
@@ -70,7 +70,7 @@ def run_step(
         gradients.end()
     for hook in hooks:
         hook.remove()
-    at_peak = apart(allocations.at_peak, states)
+    at_peak = apart(allocations.at_peak, states) + gradients.beside
     at_peak["batch"] = sum(x.untyped_storage().nbytes() for x in tree_flatten(batch)[0] if isinstance(x, Tensor))
     gradients.optimizer.zero_grad()
     return StepCost(at_peak, allocations.flops, gradients.on_host)

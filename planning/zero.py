@@ -5,20 +5,22 @@ As DeepSpeed 0.19 has it, with the options of `ZeroStrategy`: in runtime/zero/st
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from planning.allocations import GRADIENTS, Allocations
 from planning.gradients import STATES, UPDATE, Gradients, apart
 
-MASTERS, BUCKETS = "float32 shares", "DeepSpeed's buckets"
+MASTERS, BUCKETS, GATHERED = "float32 shares", "DeepSpeed's buckets", "gathered layers"
 
-PREFETCHED, REUSED = 50_000_000, 1_000_000_000
-"""DeepSpeed's own `stage3_prefetch_bucket_size` and `stage3_max_reuse_distance`."""
+PREFETCHED, LIVE = 50_000_000, 1_000_000_000
+"""DeepSpeed's own `stage3_prefetch_bucket_size` and `stage3_max_live_parameters`."""
 
 
 @dataclass(frozen=True)
@@ -38,24 +40,26 @@ class Zero:
     reduce_bucket_size: int = 200_000_000
 
 
-def gathered(layers: Sequence[Sequence[tuple[int, int]]]) -> int:
+def gathered(layers: Sequence[Sequence[tuple[int, int]]], kept: int = 0) -> int:
     """Bytes of the decoder's layers that are whole at a time in stage 3.
 
-    A layer that is to run again before `REUSED` elements have run stays: each of a small model, or at the end of a forward pass
-    the last layers of half as many. Another one is gathered in a row and copied from there weight by weight, and the next
-    `PREFETCHED` elements meanwhile.
+    A layer is gathered in a row, and copied from there weight by weight. While it runs, the engine gathers the next weights, of
+    `PREFETCHED` elements or a weight more. Where layers are smaller, it is further ahead with each of them, up to `LIVE` elements
+    or all layers, which then stay until they run backward.
 
     Args:
         layers: Elements and bytes of the weights of each.
+        kept: Bytes that autograd keeps of layers that have run: a linear layer of torch saves its weight turned round, in memory
+            that the engine then cannot free. Blocks that are computed again do not, nor does LoRA as one operation.
     """
     sizes = [(sum(number for number, _ in layer), sum(size for _, size in layer)) for layer in layers]
-    stays = behind = 0
-    for number, size in reversed(sizes):
-        stays += size if 2 * behind < REUSED else 0
-        behind += number
+    elements, all_bytes = (sum(column) for column in zip(*sizes, strict=True))
     largest, size = max(sizes)
-    ahead = size * min(PREFETCHED, behind - largest) // largest
-    return stays if 2 * behind < REUSED else max(stays, 2 * size + ahead)
+    if largest < PREFETCHED:
+        return max(kept, all_bytes * min(LIVE, elements) // elements)
+    weight = max(number for layer in layers for number, _ in layer)
+    ahead = size * min(PREFETCHED + weight, elements - largest) // largest
+    return size + max(size, kept) + ahead
 
 
 class Shares:
@@ -129,6 +133,8 @@ class ZeroGradients(Gradients):
     def __init__(self, *args: Any, zero: Zero, number: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.zero = zero
+        self._layers = self.outline.module.model.language_model.decoder_layers
+        self._turned: dict[int, int] = {}
         self.groups: list[list[nn.Parameter]] = [list(group["params"]) for group in self.optimizer.param_groups]
         self.shares = Shares(self.groups, number, zero.stage)
         self.host = Allocations(self.allocations.mode)
@@ -141,6 +147,23 @@ class ZeroGradients(Gradients):
     @property
     def on_host(self) -> Counter[str]:
         return apart(self.host.at_peak, self.host.held[STATES])
+
+    @property
+    def beside(self) -> Counter[str]:
+        sizes = [[(weight.numel(), self.outline.num_bytes(weight)) for weight in layer.parameters()] for layer in self._layers]
+        return Counter({GATHERED: gathered(sizes, sum(self._turned.values())) - gathered(sizes)} if self.zero.stage == 3 else {})
+
+    def forward(self) -> AbstractContextManager[Any]:
+        if self.zero.stage == 2:
+            return nullcontext()
+        sizes = {x.untyped_storage()._cdata: self.outline.num_bytes(x) for layer in self._layers for x in layer.parameters()}
+
+        def pack(x: Tensor) -> Tensor:
+            if not isinstance(x, nn.Parameter) and (key := x.untyped_storage()._cdata) in sizes:
+                self._turned[key] = sizes[key]
+            return x
+
+        return saved_tensors_hooks(pack, lambda x: x)
 
     def update(self) -> None:
         is_offloaded, shares = self.zero.offload_optimizer, self.shares

@@ -22,6 +22,7 @@ from planning.run import Plan, Run, plan_run
 from planning.zero import MASTERS, Zero
 from tests.lightning_modules.media_fakes import write_media_rows
 from tests.lightning_modules.run_fakes import make_data, write_rows
+from tests.planning.test_outline import SMALL, language_model
 from train import main
 
 VIT = "vit_tiny_patch16_224"
@@ -123,7 +124,18 @@ def test_the_tower_of_a_ready_model(
 
 def test_state_may_be_offloaded(advise_on: Any, make_lit_module: Callable[..., Any], model_folder: Callable[[str], Path]) -> None:
     module = make_lit_module(language_model=LanguageModel(str(model_folder("llama_64")), tune=Tune(mode="full")))
-    plan, advice, _ = advise_on(module, 0.6, Placement(2, zero=Zero(reduce_bucket_size=1000)))
+    plan, advice, _ = advise_on(module, 0.6, Placement(2, is_sharded=True, zero=Zero(3, reduce_bucket_size=1000)))
     place = [change.flags for change in advice].index("--trainer.strategy.offload_optimizer true")
     before = advice[place - 1].total if place else plan.total
     assert advice[place].total <= before - plan.memory[STATES] - plan.memory[MASTERS]
+
+
+def test_weights_may_be_cut(
+    advise_on: Any, make_lit_module: Callable[..., Any], tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a decoder of 12 layers, of which one and a copy of it are whole at a time."""
+    monkeypatch.setattr("planning.zero.PREFETCHED", 1000)
+    config = SMALL | {"vocab_size": 1000, "intermediate_size": 1024, "num_hidden_layers": 12}
+    decoder = language_model(tmp_path, tiny_llm, config, tune=Tune(mode="lora", activation_checkpointing=True))
+    _, advice, _ = advise_on(make_lit_module(language_model=decoder), 0.9, Placement(8, zero=Zero(reduce_bucket_size=1000)))
+    assert advice[0].flags == "--trainer.strategy.stage 3"

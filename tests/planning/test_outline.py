@@ -41,6 +41,8 @@ LLAMA_2_7B = {
     "tie_word_embeddings": False,
 }
 
+SMALL = LLAMA_2_7B | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
 
 def language_model(folder: Path, tiny_llm: Path, config: dict[str, Any], **options: Any) -> LanguageModel:
     """One of which only the configuration is there, and a tokenizer."""
@@ -94,8 +96,7 @@ def test_operations_of_a_step(mode: Any, make_lit_module: Callable[..., Any], ti
 
 def test_a_step_in_numbers(tmp_path: Path, tiny_llm: Path) -> None:
     """Gradients and AdamW's moments of all weights in float32, whole or a quarter of them; a head of which chunks exist."""
-    config = LLAMA_2_7B | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    module = MultiModalLitModule(language_model(tmp_path, tiny_llm, config, tune=Tune(mode="full")))
+    module = MultiModalLitModule(language_model(tmp_path, tiny_llm, SMALL, tune=Tune(mode="full")))
     outline = make_outline(module)
     number = 2 * 32000 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
     assert outline.counts(trainable=True).total() == number

@@ -23,13 +23,12 @@ from planning.placement import Placement, held_bytes, host_bytes, placement_of
 from planning.precision import precision_of
 from planning.run import Run, plan_run
 from planning.step import run_step
-from planning.zero import BUCKETS, MASTERS, PREFETCHED, Shares, Zero, gathered
+from planning.zero import BUCKETS, GATHERED, MASTERS, Shares, Zero, gathered
 from tests.lightning_modules.processes import in_two_processes, zero
 from tests.lightning_modules.run_fakes import Watch, make_data, make_trainer, write_rows
-from tests.planning.test_outline import LLAMA_2_7B, language_model, text_batch
+from tests.planning.test_outline import SMALL, language_model, text_batch
 
 PRECISION = precision_of("32-true")
-SMALL = LLAMA_2_7B | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 LAYER = 4 * 64 * 64 + 3 * 64 * 128
 MATRICES, NORMS = 2 * 32000 * 64 + 2 * LAYER, 5 * 64
 
@@ -66,11 +65,14 @@ def test_shares_of_stage_3() -> None:
 
 
 def test_gathered_layers() -> None:
-    """All layers of a small model, since each is soon to run again; of 70B those behind which fewer than 5e8 weights lie."""
-    small, large = [(1000, 4000), (10, 40)], [(856_000_000, 2 * 856_000_000)]
+    """All layers where they are small; of 7B one, its copy, and of the next one 5e7 elements and a matrix."""
+    small, of_7b = [(1000, 4000), (10, 40)], 4 * [(4096**2, 2 * 4096**2)] + 3 * [(4096 * 11008, 2 * 4096 * 11008)]
+    elements = sum(number for number, _ in of_7b)
     assert gathered([small] * 8) == 8 * 4040
-    assert gathered([large] * 80) == 2 * 2 * 856_000_000 + 2 * PREFETCHED
-    assert gathered([[(202_000_000, 404_000_000)]] * 32) == 3 * 404_000_000, "behind the third last are 404 million"
+    assert gathered([[(40_000_000, 80_000_000)]] * 50) == 2 * 1_000_000_000, "no more than 1e9 elements"
+    ahead = 2 * (50_000_000 + 4096 * 11008)
+    assert gathered([of_7b] * 32) == gathered([of_7b] * 32, kept=10) == 2 * 2 * elements + ahead
+    assert gathered([of_7b] * 32, kept=2 * 32 * elements) == 2 * 33 * elements + ahead
 
 
 @pytest.fixture
@@ -117,6 +119,17 @@ def test_stage_3(small: MultiModalLitModule) -> None:
     assert not held_bytes(outline, offloaded)["language_model"] and host_bytes(outline, offloaded) == number
     on_host = run_step(outline, text_batch(2, 100), PRECISION, placement=offloaded).on_host
     assert [on_host[kind] for kind in (MASTERS, GRADIENTS, BUCKETS)] == [number] * 3 and on_host[STATES] == 2 * number + 2 * 4
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_what_autograd_keeps(recomputed: bool, tmp_path: Path, tiny_llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of all linear layers, of which but one layer would be gathered; nothing, where layers are computed again."""
+    monkeypatch.setattr("planning.zero.PREFETCHED", 1000)
+    tune = Tune(mode="full", activation_checkpointing=recomputed)
+    outline = make_outline(MultiModalLitModule(language_model(tmp_path, tiny_llm, SMALL, tune=tune)))
+    placement = Placement(4, is_sharded=True, zero=Zero(3, reduce_bucket_size=1000))
+    cost = run_step(outline, text_batch(2, 100), PRECISION, placement=placement)
+    assert cost.at_peak[GATHERED] == (0 if recomputed else 4 * (2 * LAYER - (LAYER + 2 * 64)))
 
 
 def test_options_are_read() -> None:
