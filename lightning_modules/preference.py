@@ -202,15 +202,19 @@ class ReferencedLitModule(PreferenceLitModule):
         super().build_model()
         if self.reference is None:
             self.reference = default_reference(self.model, self._warm_started)
-        if self.zero is not None and self.criteria_use.mode == "weight":
+        if self.is_spread:
+            self.check_spread(self.zero is not None)
+        self.reference.prepare(self.model, self._warm_started, fingerprint(self.processor))
+        rank_zero_info(f"reference: {self.reference.description}")
+
+    def check_spread(self, by_engine: bool) -> None:
+        if by_engine and self.criteria_use.mode == "weight":
             raise ValueError(
                 "model.criteria_use.mode is weight, but ZeroStrategy divides by what the data side counts, before pairs have "
                 "weights: take monitor or margin, or configs/strategy/fsdp.yaml"
             )
-        if self.is_spread:
-            self.reference.check_spread()
-        self.reference.prepare(self.model, self._warm_started, fingerprint(self.processor))
-        rank_zero_info(f"reference: {self.reference.description}")
+        assert self.reference is not None
+        self.reference.check_spread()
 
     def reference_logps(self, batch: Batch, features: EncodedMedia, encoded: EncodedMedia) -> Tensor | None:
         assert self.reference is not None

@@ -58,12 +58,15 @@ class RewardLitModule(PreferenceLitModule):
     def answer_form(self) -> AnswerForm:
         return replace(super().answer_form, scores_answers=True, takes_margin=self.margin_weight != 0)
 
+    def check_spread(self, by_engine: bool) -> None:
+        raise ValueError(
+            "trainer.strategy would shard or split the model, which a reward model does not support: take "
+            "configs/strategy/ddp.yaml"
+        )
+
     def build_model(self) -> None:
         if self.is_spread:
-            raise ValueError(
-                "trainer.strategy would shard or split the model, which a reward model does not support: take "
-                "configs/strategy/ddp.yaml"
-            )
+            self.check_spread(self.zero is not None)
         super().build_model()
         self.reward_head.build(self.model.language_model.hidden_size)
         embedded = set(self.model.language_model.model.get_input_embeddings().parameters())

@@ -85,6 +85,16 @@ class SpreadLitModule(MeasuringLitModule):
     def build_model(self) -> None:
         """Makes the weights, whole; called once."""
 
+    def check_spread(self, by_engine: bool) -> None:
+        """Refuses to be spread over devices, where the objective does not allow it.
+
+        Args:
+            by_engine: By DeepSpeed's engine, which divides gradients by what is known before the forward pass.
+
+        Raises:
+            ValueError: It must not be.
+        """
+
     @abstractmethod
     def saved_names(self) -> set[str]:
         """Names of the weights that a checkpoint holds, as the model calls them."""

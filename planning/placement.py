@@ -119,6 +119,7 @@ def check_placement(outline: Outline, placement: Placement) -> None:
         ValueError: A model cannot be spread so.
     """
     if placement.is_sharded or placement.split > 1 or placement.zero is not None:
+        outline.module.check_spread(placement.zero is not None)
         check_not_quantised(outline.module.model)
     if placement.split > 1:
         tensor_plan(outline.module.model.language_model)
