@@ -129,6 +129,7 @@ def cases(folder: Path) -> dict[str, Case]:
 
     full, frozen, recomputed = Tune(mode="full"), Tune(mode="frozen"), replace(LORA, activation_checkpointing=True)
     halves, accumulated, zero = {"batch_size": 2}, {"accumulate_grad_batches": 2}, {"reduce_bucket_size": 1_000_000}
+    offloaded = zero | {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
     packed = {"batching": Batching(kind="packed", max_tokens=1024), "batch_size": 2}
     return {
         "full": Case(module(full)),
@@ -148,6 +149,8 @@ def cases(folder: Path) -> dict[str, Case]:
         "pictures, DPO": Case(module(LORA, frozen, DPOLitModule), "pictures", halves),
         "full, ZeRO-2": Case(module(full), data=halves, zero=zero),
         "full, ZeRO-2 offloaded": Case(module(full), data=halves, trainer=accumulated, zero=zero | {"offload_optimizer": True}),
+        "full, ZeRO-3": Case(module(full), data=halves, zero=zero | {"stage": 3}),
+        "LoRA, ZeRO-3 offloaded": Case(module(LORA), data=halves, zero=offloaded),
     }
 
 
