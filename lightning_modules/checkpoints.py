@@ -65,7 +65,7 @@ class RunCheckpoint(ModelCheckpoint):
         if self.dirpath is None:
             self.dirpath = str(run_folder(trainer) / "checkpoints")
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning
-            for folder in (Path(self.dirpath), run_folder(trainer)):
+            for folder in (Path(self.dirpath), run_folder(trainer), run_folder(trainer) / "non_finite"):
                 sweep(folder)
         super().setup(trainer, pl_module, stage)
 

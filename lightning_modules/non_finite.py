@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_modules.checkpoints import save_together
 from lightning_modules.run_folder import CONFIG, run_folder
+from lightning_modules.run_summary import num_with_same_rows
 
 OnNonFinite = Literal["stop", "skip"]
 Rows = Sequence[dict[str, Any]]
@@ -51,7 +52,7 @@ class NonFiniteSteps:
         if trainer.world_size > 1:
             of_all: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(of_all, names)
-            names = [sum(column, []) for column in zip(*of_all, strict=True)]
+            names = [sum(column, []) for column in zip(*of_all[:: num_with_same_rows(trainer)], strict=True)]
         told_rows = names[0] or names[1]  # a gradient alone may be of any row of the step
         shown = ", ".join(told_rows[:8]) + (f" and {len(told_rows) - 8} more" if len(told_rows) > 8 else "")
         what = "the gradient" if math.isfinite(loss) and in_gradients else "the loss"

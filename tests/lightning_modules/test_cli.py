@@ -43,6 +43,11 @@ class TestFindCheckpoint:
         assert find_checkpoint("last", folder) == str(folder / "checkpoints/last-v1.ckpt")
         assert not recwarn.list
 
+    def test_it_is_said_which_was_taken(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+            find_checkpoint("last", folder)
+        assert [record.getMessage() for record in caplog.records] == [f"taking {folder}/checkpoints/last-v1.ckpt, step 5"]
+
     def test_one_of_a_requeued_job_counts_too(self, folder: Path) -> None:
         CheckpointFile().save_checkpoint({"global_step": 9}, folder / "hpc_ckpt_1.ckpt")
         assert find_checkpoint("last", folder) == str(folder / "hpc_ckpt_1.ckpt")

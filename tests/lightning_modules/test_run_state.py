@@ -6,15 +6,18 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import Strategy
 
 from lightning_modules.checkpoints import RunCheckpoint
 from lightning_modules.run_state import take_place
 from lightning_modules.strategies import ShardedStrategy
+from models.manifest import read_manifest, temporary_name
 from models.spread import whole
 from tests.faults.small_runs import fit, make_module
 from tests.lightning_modules.processes import in_two_processes
@@ -106,3 +109,24 @@ def test_groups_of_processes_take_the_generators_of_groups(
     assert any(f"is of {saved} process(es)" in str(warning.message) for warning in recwarn.list) == (
         saved != processes // together
     )
+
+
+def test_a_checkpoint_and_its_manifest_say_which_wandb_run_they_are_of(
+    tiny_llm: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, path = write_rows(tmp_path / "rows.jsonl", 3), tmp_path / "run/checkpoints/last.ckpt"
+    monkeypatch.setattr(WandbLogger, "after_save_checkpoint", lambda *arguments: None)
+    logger = WandbLogger(save_dir=tmp_path, id="run-7", offline=True)
+    monkeypatch.setattr(logger, "_experiment", MagicMock(id="run-7"))  # as if the run had begun
+    fit(make_module(tiny_llm, tiny_clip), tmp_path / "run", rows, logger=logger, max_steps=1)
+    manifest = read_manifest(path)
+    assert manifest is not None and manifest.wandb_run_id == "run-7"
+    assert torch.load(path, weights_only=True)["wandb_run_id"] == "run-7"
+
+
+def test_what_a_kill_left_of_steps_that_were_kept_is_swept(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "run/non_finite/step=3.ckpt"
+    temporary_name(kept).parent.mkdir(parents=True)
+    temporary_name(kept).write_text("half")
+    fit(make_module(tiny_llm, tiny_clip), tmp_path / "run", write_rows(tmp_path / "rows.jsonl", 3), max_steps=1)
+    assert not list(kept.parent.iterdir())
