@@ -61,7 +61,9 @@ class Counts:
 class RunSummary(Callback):
     """Sums a fit up when it ends, also when it is stopped or fails: a line in the log, and `summary.json` in the run folder.
 
-    Rows and media are those of the last epoch. An encoder that no row of the whole fit had media for earns a warning.
+    Rows and media are those of the last epoch. An encoder that no row of the whole fit had media for earns a warning. A run that
+    was killed between its last checkpoint and its end is summed up when it is resumed, without time and metrics, which went
+    with its process.
     """
 
     def __init__(self) -> None:
@@ -71,8 +73,7 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
-        self._started, self._counts = time.monotonic(), None
-        self._seen = Counter(_datamodule(trainer).media_counts())  # those that a resumed epoch had before
+        self._start(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -85,7 +86,10 @@ class RunSummary(Callback):
         self._counts = self._own_counts(trainer).add_up(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sums a complete fit up."""
+        """Sums a complete fit up, also one that had nothing left to do."""
+        if self._started is None and trainer.global_step and not _is_summed_up(trainer):
+            self._start(trainer)
+            self._counts = self._own_counts(trainer).add_up(trainer)
         self._write(trainer, pl_module, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -96,6 +100,10 @@ class RunSummary(Callback):
             self._write(trainer, pl_module, status)
         except ValueError as error:  # a full disk must not hide what stopped the run
             rank_zero_warn(str(error))
+
+    def _start(self, trainer: Trainer) -> None:
+        self._started, self._counts = time.monotonic(), None
+        self._seen = Counter(_datamodule(trainer).media_counts())  # those that a resumed epoch had before
 
     def _own_counts(self, trainer: Trainer) -> Counts:
         datamodule = _datamodule(trainer)
@@ -147,6 +155,15 @@ def num_with_same_rows(trainer: Trainer) -> int:
 
 def _datamodule(trainer: Trainer) -> "RowDataModule":
     return trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
+
+
+def _is_summed_up(trainer: Trainer) -> bool:
+    """Whether the run folder has the summary of this very end; all processes get the answer of the first."""
+    summary: dict[str, Any] = {}
+    path = run_folder(trainer) / "summary.json"
+    if trainer.is_global_zero and path.is_file():
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    return trainer.strategy.broadcast(summary == summary | {"status": "finished", "steps": trainer.global_step})
 
 
 def _account(name: str, rows: dict[str, int]) -> str:

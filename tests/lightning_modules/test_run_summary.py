@@ -132,6 +132,27 @@ def test_summary_of_a_fit_that_stops(tmp_path: Path, error: BaseException, statu
     assert 0 <= summary["seconds"] <= time.monotonic() - started + 0.1
 
 
+def test_a_run_that_was_killed_after_its_last_step_is_summed_up_when_it_is_resumed(tmp_path: Path) -> None:
+    def fit(max_steps: int, **options: Any) -> None:
+        saves = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+        trainer = make_trainer(tmp_path, [RunSummary(), saves], enable_checkpointing=True, max_epochs=-1, max_steps=max_steps)
+        trainer.fit(FakeModule(), datamodule=FakeData([good_batch()] * 3, [good_batch()]), **options)
+
+    fit(4)
+    path, whole = tmp_path / "summary.json", read(tmp_path)
+    resumed = {"ckpt_path": tmp_path / "checkpoints/last.ckpt", "weights_only": True}
+    fit(4, **resumed)
+    assert read(tmp_path) == whole  # it has its time and metrics
+    for interrupted in ({"status": "interrupted"}, {"steps": 3}):
+        path.write_text(json.dumps(whole | interrupted))
+        fit(4, **resumed)
+        assert {name: read(tmp_path)[name] for name in ("status", "steps")} == {"status": "finished", "steps": 4}
+    path.unlink()
+    fit(4, **resumed)
+    known = {"status": "finished", "rows": 3000, "trained": 2980, "steps": 4, "metrics": {}}
+    assert read(tmp_path) | known == read(tmp_path)
+
+
 def test_no_summary_where_training_never_began(tmp_path: Path) -> None:
     class Refuses(Callback):
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
