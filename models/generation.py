@@ -1,6 +1,16 @@
-"""How answers are decoded."""
+"""How answers are decoded.
 
+Shape suffixes: B rows, T positions.
+"""
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -32,3 +42,48 @@ class Generation:
             raise ValueError(f"generation.top_k is a number of tokens, or 0 for all, got {self.top_k}")
         if self.repetition_penalty <= 0:
             raise ValueError(f"generation.repetition_penalty must be above 0, got {self.repetition_penalty}; 1 is none")
+
+
+def continue_prompts(
+    model: "PreTrainedModel",
+    prompts: Mapping[str, Any],
+    segments_BT: Tensor,
+    options: Generation,
+    eos_ids: Iterable[int],
+    pad_id: int,
+    is_shared: bool,
+) -> Tensor:
+    """Continues left-padded prompts with a key-value cache: what `generate` of transformers makes of them.
+
+    Args:
+        model: A causal LM.
+        prompts: Arguments of its `generate` that hold the prompts, as token ids or embedded.
+        segments_BT: 0 where a position is padding.
+        options: How to decode.
+        eos_ids: Tokens that end an answer.
+        pad_id: Fills answers that ended early.
+        is_shared: Whether processes share its weights: each goes on until the last has ended.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+    sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
+    config = GenerationConfig(
+        max_new_tokens=options.max_new_tokens,
+        do_sample=options.temperature > 0,
+        use_cache=True,
+        eos_token_id=sorted(eos_ids),
+        pad_token_id=pad_id,
+        **(sampling if options.temperature > 0 else {}),
+    )
+    processors = LogitsProcessorList()
+    if options.repetition_penalty != 1:
+        # The config's own would spare as many tokens of an answer as its prompt has of padding, where prompts are embedded.
+        given = segments_BT.shape[1] if "input_ids" in prompts else 0
+        processors.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty), prompt_ignore_length=given))
+    return model.generate(  # type: ignore[operator]  # a mixin that every causal LM has
+        **prompts,
+        synced_gpus=is_shared,
+        attention_mask=(segments_BT > 0).long(),
+        generation_config=config,
+        logits_processor=processors,
+    )

@@ -18,7 +18,7 @@ from encoders.tuning import Tune
 from models.attention_blocks import use_blocks
 from models.attention_mask import attention_inputs
 from models.branches import can_branch, can_pack
-from models.generation import Generation
+from models.generation import Generation, continue_prompts
 from models.lean import make_lean
 from models.spread import has_shares
 from models.stored import Quantize, quantization, settle_quantised
@@ -230,35 +230,13 @@ class LanguageModel(Part):
             eos_ids: Tokens that end an answer.
             pad_id: Fills answers that ended early.
         """
-        return self._continue({"inputs_embeds": embeddings_BTD}, segments_BT, options, eos_ids, pad_id)
+        prompts = {"inputs_embeds": embeddings_BTD}
+        return continue_prompts(self.model, prompts, segments_BT, options, eos_ids, pad_id, self.is_shared)
 
-    def _continue(
-        self, prompts: dict[str, Any], segments_BT: Tensor, options: Generation, eos_ids: Iterable[int], pad_id: int
-    ) -> Tensor:
-        """What `generate` of transformers makes of its arguments `prompts`."""
-        from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
-
-        sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
-        config = GenerationConfig(
-            max_new_tokens=options.max_new_tokens,
-            do_sample=options.temperature > 0,
-            use_cache=True,
-            eos_token_id=sorted(eos_ids),
-            pad_token_id=pad_id,
-            **(sampling if options.temperature > 0 else {}),
-        )
-        processors = LogitsProcessorList()
-        if options.repetition_penalty != 1:
-            # The config's own would spare as many tokens of an answer as its prompt has of padding, where prompts are embedded.
-            given = segments_BT.shape[1] if "input_ids" in prompts else 0
-            processors.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty), prompt_ignore_length=given))
-        return self.model.generate(  # type: ignore[operator]  # a mixin that every causal LM has
-            **prompts,
-            synced_gpus=has_shares(self.decoder_layers[0]),  # until the last has ended
-            attention_mask=(segments_BT > 0).long(),
-            generation_config=config,
-            logits_processor=processors,
-        )
+    @property
+    def is_shared(self) -> bool:
+        """Whether its weights are spread over processes, which must run it equally often."""
+        return has_shares(self.decoder_layers[0])
 
     @torch.no_grad()
     def _check_head(self) -> None:

@@ -21,7 +21,8 @@ from encoders.tuning import Tune, apply_tune
 from models.attention_blocks import blocks_of
 from models.attention_mask import attention_inputs
 from models.branches import can_branch, has_branches
-from models.language import Generation, LanguageModel
+from models.generation import Generation, continue_prompts
+from models.language import LanguageModel
 from models.view import View, flat
 
 if TYPE_CHECKING:
@@ -127,7 +128,8 @@ class PretrainedMLLM(LanguageModel):
     @torch.no_grad()
     def answer(self, batch: Batch, options: Generation, eos_ids: Iterable[int], pad_id: int) -> Tensor:
         """Continues the left-padded prompts of a batch; see `generate`."""
-        tokens_BT = self._continue(self._inputs(batch), batch["segments_BT"], options, eos_ids, pad_id)
+        prompts, segments_BT = self._inputs(batch), batch["segments_BT"]
+        tokens_BT = continue_prompts(self.model, prompts, segments_BT, options, eos_ids, pad_id, self.is_shared)
         return tokens_BT[:, batch["tokens_BT"].shape[1] :]
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
