@@ -17,37 +17,14 @@ from torch import Tensor
 
 from datamodules.batch import IGNORE_INDEX, Batch, Example, MediaItem, Origin
 from datamodules.collate import collate
+from tests.tiny_configs import IMAGE_SIZE, PATCH_SIZE, VOCABULARY, tiny_config
 
 pytest_plugins = ["tests.datamodules.row_fixtures"]
 
-VOCABULARY = 600
 IMAGE_TOKEN = 601
 """Behind the embedding table: a placeholder that is embedded as a token raises."""
 MEDIA_TOKEN_IDS = {"image": IMAGE_TOKEN, "video": 602, "audio": 603}
-IMAGE_SIZE = 32
-PATCH_SIZE = 8
 NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
-
-LLAMA = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-}
-GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.2}
-VISION = {
-    "hidden_size": 24,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": IMAGE_SIZE,
-    "patch_size": PATCH_SIZE,
-    "initializer_range": 0.2,
-}
 
 Layout = Sequence[int | str]
 """A row: a number is so many random text tokens, a name a picture."""
@@ -60,46 +37,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed says on stdout that it finds no other
     torch.set_num_threads(1)
-
-
-def _config(family: str) -> Any:
-    import transformers as hf
-
-    match family:
-        case "llama":
-            return hf.LlamaConfig(**LLAMA)
-        case "llama_64":  # as wide as a block of NF4
-            return hf.LlamaConfig(**LLAMA | {"hidden_size": 64, "intermediate_size": 128})
-        case "qwen2":
-            return hf.Qwen2Config(**LLAMA)
-        case "mistral":
-            return hf.MistralConfig(**LLAMA, sliding_window=5)
-        case "qwen2_window":
-            return hf.Qwen2Config(**LLAMA, use_sliding_window=True, sliding_window=5, max_window_layers=1)
-        case "gemma3_text":
-            kinds = ["sliding_attention", "full_attention"]
-            return hf.Gemma3TextConfig(**LLAMA, head_dim=8, query_pre_attn_scalar=8, sliding_window=4, layer_types=kinds)
-        case "qwen3":
-            return hf.Qwen3Config(**LLAMA, head_dim=8, tie_word_embeddings=True)
-        case "gemma2":
-            return hf.Gemma2Config(**LLAMA, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=2.0, sliding_window=4)
-        case "granite":
-            return hf.GraniteConfig(**LLAMA, logits_scaling=4.0, embedding_multiplier=3.0)
-        case "cohere":
-            return hf.CohereConfig(**LLAMA, logit_scale=0.25)
-        case "gpt2":
-            return hf.GPT2Config(**GPT2)
-        case "gptj":
-            return hf.GPTJConfig(**GPT2, rotary_dim=4)
-        case "falcon_h1":
-            return hf.FalconH1Config(**LLAMA, lm_head_multiplier=0.5, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8)
-        case "clip":
-            return hf.CLIPVisionConfig(**VISION)
-        case "siglip":
-            return hf.SiglipVisionConfig(**VISION)
-        case "dinov2":
-            return hf.Dinov2Config(**VISION)
-    raise ValueError(f"no tiny model is called {family}")
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +63,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
             is_vision = family in ("clip", "siglip", "dinov2")
             with torch.random.fork_rng():
                 torch.manual_seed(len(family) + ord(family[-1]))
-                model = (AutoModel if is_vision else AutoModelForCausalLM).from_config(_config(family))
+                model = (AutoModel if is_vision else AutoModelForCausalLM).from_config(tiny_config(family))
             folders[family] = tmp_path_factory.mktemp(family)
             model.save_pretrained(folders[family])
             if not is_vision:

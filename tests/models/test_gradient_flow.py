@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import IMAGE_SIZE, MEDIA_TOKEN_IDS
+from conftest import MEDIA_TOKEN_IDS
 from torch import Tensor, nn
 
 from datamodules.batch import MODALITIES, Batch, Example, MediaItem, Modality, Origin
@@ -25,6 +25,7 @@ from models.fusion import ConcatFusion, Fusion
 from models.language import LanguageModel
 from models.multimodal import MultiModalModel
 from tests.encoders.audio_fakes import save_audio_model
+from tests.tiny_configs import IMAGE_SIZE
 
 FULL, FROZEN = Tune(mode="full"), Tune(mode="frozen")
 PIXELS = (3, IMAGE_SIZE, IMAGE_SIZE)

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, randomise_adapters
+from conftest import randomise_adapters
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from encoders.tuning import LoRA, Tune
 from models.language import Generation, LanguageModel
+from tests.tiny_configs import VOCABULARY
 
 FAMILIES = ["llama", "qwen2", "gemma2", "granite", "cohere", "gpt2", "gptj"]
 LENGTHS = [7, 3, 5]

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from conftest import LLAMA
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from models.lean import GatedMLP, RMSNorm, make_lean
+from tests.tiny_configs import LLAMA
 
 SMALL = {name: size for name, size in LLAMA.items() if name != "vocab_size"}
 

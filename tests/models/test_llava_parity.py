@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import IMAGE_TOKEN, LLAMA, MEDIA_TOKEN_IDS, VISION, randomise_adapters
+from conftest import IMAGE_TOKEN, MEDIA_TOKEN_IDS, randomise_adapters
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
@@ -29,6 +29,7 @@ from encoders.tuning import LoRA, Tune
 from lightning_modules.losses import cross_entropy, supervised
 from models.language import Generation, LanguageModel
 from models.multimodal import MultiModalModel
+from tests.tiny_configs import LLAMA, VISION
 
 LAYOUTS = [[5, "a", 7, 4], [2, "a", 3, "b", 2, 6], [6, 3]]
 PROMPTS = [[5, "a", 7], [2, "a", 3, "b", 2], [6]]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MEDIA_TOKEN_IDS, NUM_PATCHES, VOCABULARY, _example, _pixels
+from conftest import MEDIA_TOKEN_IDS, NUM_PATCHES, _example, _pixels
 from torch import Tensor
 
 from datamodules.answer_rows import AnswerExample
@@ -16,6 +16,7 @@ from datamodules.collate import collate
 from encoders.tuning import Tune
 from lightning_modules.losses import cross_entropy, supervised
 from models.cross_attention import GatedCrossAttentionFusion
+from tests.tiny_configs import VOCABULARY
 
 LAYOUTS = [[5, "a", 7, 4], [2, "a", 3, "b", 2, 6], [6, 3], [3, "c", 2], [9, 5]]
 SLOTS = [0, 0, 1, 1, 1]

@@ -22,7 +22,8 @@ from models.branches import take_apart
 from models.cross_attention import GatedCrossAttentionFusion
 from models.language import LanguageModel
 from models.multimodal import MultiModalModel
-from tests.conftest import IMAGE_SIZE, IMAGE_TOKEN, NUM_PATCHES, VOCABULARY
+from tests.conftest import IMAGE_TOKEN, NUM_PATCHES
+from tests.tiny_configs import IMAGE_SIZE, VOCABULARY
 
 Build = Callable[[str], MultiModalModel]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from conftest import IMAGE_TOKEN, LLAMA, VISION
+from conftest import IMAGE_TOKEN
 from loss_cases import LENGTHS, PAIRS_P2, Case, Inputs, our_loss
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from datamodules.batch import IGNORE_INDEX
 from lightning_modules.logprobs import score_tokens
 from lightning_modules.losses import supervised
 from lightning_modules.pair_logps import mean
+from tests.tiny_configs import LLAMA, VISION
 
 Family = Literal["llama", "llava"]
 FAMILIES: tuple[Family, ...] = ("llama", "llava")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA, VISION, randomise_adapters
+from conftest import randomise_adapters
 from torch import Tensor, nn
 
 from datamodules.batch import Example
@@ -47,6 +47,8 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from tests.tiny_configs import LLAMA, VISION
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 PAIRS = {"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"]}
