@@ -7,7 +7,7 @@ from pathlib import Path
 from datamodules.batch import Batch
 from datamodules.named_rows import RowFile
 from datamodules.row_dataset import RowDataset
-from datamodules.score_ranges import ScoreRanges
+from datamodules.score_ranges import ENOUGH, ScoreRanges
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class Judgements:
         if answers is None or "scores_A" not in answers:
             return
         self._ranges.add(answers["scores_A"], answers["roles"])
+        self.report(ENOUGH)
         new = [
             change
             for name, file in self._files.items()
@@ -58,6 +59,7 @@ class Judgements:
                 new[-1].reason,
             )
 
-    def report(self) -> None:
-        """Names the criteria that told nothing apart; see `ScoreRanges.report`."""
-        self._ranges.report()
+    def report(self, at_least: int = 2) -> None:
+        """Names the criteria that told nothing apart; see `ScoreRanges.constant`."""
+        for said in self._ranges.constant(at_least):
+            log.warning(said)

@@ -21,6 +21,7 @@ from datamodules.portion import Portion
 from datamodules.row_dataset import RowDataset
 from datamodules.row_sizes import row_sizes
 from datamodules.sampler import GlobalBatches, RowSampler
+from datamodules.score_ranges import ENOUGH
 from datamodules.skipped import SkippedRows
 from datamodules.step_counts import Counts, count_ahead
 
@@ -114,7 +115,7 @@ class RowLoader:
             self.stop_workers()
             raise failure
         if self.judgements is not None:
-            self.judgements.report()
+            self.judgements.report(2 if self.batches.world_size == 1 else ENOUGH)  # others may tell more apart
 
     def row_counts(self) -> dict[str, int]:
         """Rows of the epoch at hand, on this rank: rows = trained + skipped + not_reached; and its dropped_tokens."""

@@ -1,37 +1,44 @@
-"""Which reward criteria tell nothing apart. Shape suffixes: A answers."""
+"""Which reward criteria tell nothing apart. Shape suffixes: A answers, C criteria."""
 
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from datamodules.batch import AnswerRole
 
-log = logging.getLogger(__name__)
-
 ENOUGH = 200
-"""Answers after which a criterion that gave the same to each is reported in the middle of an epoch."""
+"""Answers after which a process that judges alone says that a criterion gave the same to each."""
 
 ROUNDING = 1e-6
 """Scores that differ by no more are the same: those of a model are rounded by their batch."""
 
+Reduce = Callable[[Tensor, Literal["sum", "max"]], Tensor]
+"""Makes one tensor of those of all processes, which must meet there."""
 
-@dataclass
-class _Range:
-    answers: int = 0
-    scored: int = 0
-    lowest: float = float("inf")
-    highest: float = -float("inf")
+
+def alone(own: Tensor, reduce_op: Literal["sum", "max"]) -> Tensor:
+    """What a process that judges alone makes of its own."""
+    return own
 
 
 class ScoreRanges:
-    """The lowest and the highest score that each criterion gave so far."""
+    """The lowest and the highest score that each criterion gave so far, where the scores are: no batch waits for its device.
 
-    def __init__(self) -> None:
-        self._seen: dict[str, _Range] = {}
+    Args:
+        names: Of the criteria, the same in all processes that judge together. Others are added as they are met.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._sums: dict[str, Tensor] = {}  # answers, and scores given
+        self._most: dict[str, Tensor] = {}  # the lowest score with its sign turned, and the highest; -inf: none
         self._reported: set[str] = set()
+        for name in names:
+            self._begin(name)
+
+    def _begin(self, name: str) -> None:
+        self._sums[name], self._most[name] = torch.zeros(2), torch.full((2,), -torch.inf)
 
     def add(self, scores_A: Mapping[str, Tensor], roles: Sequence[AnswerRole]) -> None:
         """Takes account of a batch.
@@ -40,26 +47,36 @@ class ScoreRanges:
             scores_A: By the name of each criterion its score of each answer; NaN: none.
             roles: What each answer is; those that are not of the data are left out.
         """
-        is_own_A = torch.tensor([role not in ("corrupted", "mismatched") for role in roles])
+        if not roles:
+            return
+        own = torch.tensor([role not in ("corrupted", "mismatched") for role in roles])
         for name, score_A in scores_A.items():
-            own_A = score_A.cpu()[is_own_A]
-            given = own_A[~own_A.isnan()].tolist()
-            seen = self._seen.setdefault(name, _Range())
-            seen.answers += len(own_A)
-            seen.scored += len(given)
-            seen.lowest, seen.highest = min([seen.lowest, *given]), max([seen.highest, *given])
-        self.report(ENOUGH)
+            if name not in self._sums:
+                self._begin(name)
+            own_A = own.to(score_A.device)
+            given_A = own_A & ~score_A.isnan()
+            both_2A = torch.stack([-score_A.detach(), score_A.detach()]).float()
+            most_2 = both_2A.where(given_A, -torch.inf).amax(1)
+            self._sums[name] = self._sums[name].to(score_A.device) + torch.stack([own_A.sum(), given_A.sum()])
+            self._most[name] = torch.maximum(self._most[name].to(score_A.device), most_2)
 
-    def report(self, at_least: int = 2) -> None:
-        """Names each criterion, once, that gave the same to all of at least so many answers."""
-        for name, seen in self._seen.items():
-            if name in self._reported or seen.answers < at_least or seen.highest - seen.lowest > ROUNDING:
-                continue
-            self._reported.add(name)
-            what = "no score" if not seen.scored else f"the score {seen.lowest:.3g}"
-            log.warning(
-                "the reward criterion %s gave %s to each of %d answers: it tells nothing apart",
-                name,
-                what,
-                seen.scored or seen.answers,
-            )
+    def constant(self, at_least: int = 2, reduce: Reduce = alone) -> list[str]:
+        """Says of each criterion, once, that it gave the same to all of at least so many answers.
+
+        Args:
+            at_least: Answers of all processes that judge together.
+            reduce: Over these processes.
+        """
+        names = [name for name in self._sums if name not in self._reported]
+        if not names:
+            return []
+        sums_C2 = reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
+        most_C2 = reduce(torch.stack([self._most[name] for name in names]), "max").tolist()
+        said = []
+        for name, (answers, scored), (below, highest) in zip(names, sums_C2, most_C2, strict=True):
+            if answers >= at_least and highest + below <= ROUNDING:
+                self._reported.add(name)
+                what = f"the score {highest:.3g}" if scored else "no score"
+                of = f"each of {int(scored or answers)} answers"
+                said.append(f"the reward criterion {name} gave {what} to {of}: it tells nothing apart")
+        return said

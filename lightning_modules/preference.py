@@ -17,6 +17,7 @@ from datamodules.criteria import CriteriaUse
 from datamodules.fingerprint import fingerprint
 from datamodules.score_ranges import ScoreRanges
 from lightning_modules.comparison import Comparison, ScoredAnswers, row_values, token_metrics, unscored
+from lightning_modules.constant_criteria import name_constant
 from lightning_modules.criteria import ReferenceCriterion, blank_media, criteria_metrics, has_media, judged, reference_terms
 from lightning_modules.dropout import turn_dropout_off
 from lightning_modules.epoch_means import EpochMeans, RowValues
@@ -199,6 +200,7 @@ class ReferencedLitModule(PreferenceLitModule):
                 "model.reference is PrecomputedReference, but this objective also compares mismatched answers, which are others "
                 "in each epoch: take AdapterOff, SecondAdapter or FrozenCopy, or a loss_type that needs none"
             )
+        self._ranges = ScoreRanges(each.label for each in self.reward_criteria)
         super().build_model()
         if self.reference is None:
             self.reference = default_reference(self.model, self._warm_started)
@@ -241,18 +243,18 @@ class ReferencedLitModule(PreferenceLitModule):
         """Writes the log-probabilities that a later run may read, and names reward criteria that told nothing apart."""
         assert self.reference is not None
         self.reference.flush()
-        self._ranges.report()
+        name_constant(self._ranges, self.trainer)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         assert self.reference is not None
         self.reference.flush()
         if not self.trainer.sanity_checking:
-            self._ranges.report()
+            name_constant(self._ranges, self.trainer)
 
     def on_test_epoch_end(self) -> None:
         super().on_test_epoch_end()
-        self._ranges.report()
+        name_constant(self._ranges, self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the reference is made again of."""

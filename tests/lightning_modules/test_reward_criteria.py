@@ -244,17 +244,40 @@ def test_a_criterion_that_tells_nothing_apart_is_reported_once(
     assert caplog.text.count("tells nothing apart") == caplog.text.count(said) == (scale > 1)
 
 
-def test_a_criterion_that_says_nothing_is_reported_in_the_middle_of_an_epoch(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_criterion_that_says_nothing_is_named_once_there_is_enough() -> None:
     ranges = ScoreRanges()
     roles: list[AnswerRole] = ["chosen", "rejected", "corrupted", "mismatched"]
     for number in range(ENOUGH // 2):
-        assert "tells nothing apart" not in caplog.text
+        assert ranges.constant(ENOUGH) == []
         other = 0.5 + ROUNDING / 2 * (number % 2)
         scores_A = {"blind": [0.5, other, 0.9, 0.9], "silent": [math.nan] * 4, "seeing": [0.5, 0.6, 0.5, 0.5]}
         ranges.add({name: torch.tensor(scores, dtype=torch.float64) for name, scores in scores_A.items()}, roles)
-    ranges.report()
-    assert "blind gave the score 0.5 to each of 200" in caplog.text and "silent gave no score to each of 200" in caplog.text
-    assert caplog.text.count("tells nothing apart") == 2
+    assert ranges.constant(ENOUGH) == [
+        "the reward criterion blind gave the score 0.5 to each of 200 answers: it tells nothing apart",
+        "the reward criterion silent gave no score to each of 200 answers: it tells nothing apart",
+    ]
+    assert ranges.constant() == []
+
+
+def test_processes_judge_together() -> None:
+    """Each of three gives another criterion one score; the last has seen no batch."""
+    ranges = [ScoreRanges(["a", "b", "c"]) for _ in range(3)]
+    for own, (a, b) in zip(ranges, ((0.25, 0.5), (0.75, 0.5)), strict=False):
+        scores_A = {"a": torch.full((4,), a), "b": torch.full((4,), b), "c": torch.linspace(0, 1, 4)}
+        own.add(scores_A, ["chosen", "rejected"] * 2)
+    own_tensors: dict[str, list[torch.Tensor]] = {"sum": [], "max": []}
+
+    def keep(own: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        own_tensors[reduce_op].append(own)
+        return torch.full_like(own, torch.inf)  # so that nothing is judged yet
+
+    assert not any(own.constant(reduce=keep) for own in ranges)
+    together = {"sum": torch.stack(own_tensors["sum"]).sum(0), "max": torch.stack(own_tensors["max"]).amax(0)}
+    said = "the reward criterion b gave the score 0.5 to each of 8 answers: it tells nothing apart"
+    for own in ranges:
+        assert own.constant(reduce=lambda _, reduce_op: together[reduce_op]) == [said]
+    alone = ranges[0].constant()
+    assert len(alone) == 1 and "criterion a gave the score 0.25 to each of 4" in alone[0]
 
 
 CONFIG = """
