@@ -1,5 +1,6 @@
 """Strategies for models that do not fit on one device."""
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from models.manifest import Manifest, fault, file_sums, publish, temporary_name
+from lightning_modules.checkpoints import CannotSaveError
+from lightning_modules.run_folder import cannot_write
+from models.manifest import Manifest, discard, fault, file_sums, publish, temporary_name
 from models.spread import are_mixed, spread_like, whole
 
 METADATA = "meta.pt"
@@ -94,21 +97,49 @@ class ShardedStrategy(ModelParallelStrategy):
         return {**state, "state": tensors}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Writes a file, or a folder under a temporary name that is then renamed, with its manifest."""
+        """Writes a file, or a folder under a temporary name that is then renamed, with its manifest.
+
+        Raises:
+            CannotSaveError: It cannot be written; of a folder all processes are told.
+        """
         if not self._save_distributed_checkpoint:
             if self.is_global_zero:  # Lightning would first remove a folder that has the name
                 self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
-        temporary, step, run_id = temporary_name(path), checkpoint.get("global_step", 0), checkpoint.get("wandb_run_id")
+        temporary = temporary_name(path)
         if self.is_global_zero:
             shutil.rmtree(temporary, ignore_errors=True)
         self.barrier()
-        super().save_checkpoint(checkpoint, temporary, storage_options)
-        self.barrier()
-        if self.is_global_zero:
-            publish(path, Manifest(step, file_sums(temporary, path.name), run_id))
-        self.barrier()
+        if problem := self.broadcast(self._write_folder(checkpoint, path)):
+            if self.is_global_zero:
+                discard(path)
+            raise CannotSaveError(problem)
+
+    def _write_folder(self, checkpoint: dict[str, Any], path: Path) -> str:
+        """Writes the shards, on all processes, and the rest on the first; what went wrong, in words, or nothing."""
+        shards = {"state_dict": checkpoint.pop("state_dict")}
+        for number, state in enumerate(checkpoint.pop("optimizer_states", [])):
+            shards[f"optimizer_{number}"] = state
+        temporary = temporary_name(path)
+        try:
+            dcp.save(shards, checkpoint_id=temporary)
+            if self.is_global_zero:
+                with (temporary / METADATA).open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                step, run_id = checkpoint.get("global_step", 0), checkpoint.get("wandb_run_id")
+                publish(path, Manifest(step, file_sums(temporary, path.name), run_id))
+        except dcp.api.CheckpointException as error:  # the same on all processes
+            first, _ = next(iter(error.failures.values()))
+            return cannot_write(path, first if isinstance(first, OSError) else OSError(None, str(first)))
+        except (OSError, RuntimeError) as error:
+            reason = error if isinstance(error, OSError) else error.__context__  # torch's writer hides what the disk said
+            if not isinstance(reason, OSError):
+                raise
+            return cannot_write(path, reason)
+        return ""
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint of any strategy that is a file, or a folder of shards of any number of processes.

@@ -1,12 +1,14 @@
 """Models spread over two processes learn what one process learns: losses and weights are the same, with rows of any kinds."""
 
+import errno
+import os
 import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -23,11 +25,12 @@ from lightning_modules.dpo import DPOLitModule
 from lightning_modules.multimodal import MultiModalLitModule
 from lightning_modules.preference import PreferenceLitModule
 from lightning_modules.reward_model import RewardLitModule
-from lightning_modules.strategies import ShardedStrategy
+from lightning_modules.strategies import METADATA, ShardedStrategy
 from models.checkpoint import read_checkpoint
 from models.cross_attention import GatedCrossAttentionFusion
 from models.fusion import Fusion
 from models.language import LanguageModel
+from models.manifest import read_manifest
 from models.multimodal import MultiModalModel
 from tests.lightning_modules import test_exact_weighting
 from tests.lightning_modules.media_fakes import make_all, write_media_rows
@@ -82,6 +85,7 @@ def train(tiny_llm: Path, tiny_clip: Path, tiny_whisper: Path, tmp_path: Path) -
         optimizer: Callable[[Any], torch.optim.Optimizer] = momentum,
         resume: Path | None = None,
         bad: int | None = None,
+        on_save_error: Literal["stop", "go_on"] = "stop",
         **more: Any,
     ) -> None:
         torch.manual_seed(4)
@@ -104,7 +108,7 @@ def train(tiny_llm: Path, tiny_clip: Path, tiny_whisper: Path, tmp_path: Path) -
         data = make_data(
             module, path, batch_size=batch_size, val_path=str(path), eval_batch_size=2, max_skipped=0.5, shuffle=False
         )
-        callbacks = [Watch(look), RunCheckpoint(every_n_train_steps=3)]
+        callbacks = [Watch(look), RunCheckpoint(every_n_train_steps=3, on_save_error=on_save_error)]
         options = {"gradient_clip_val": 0.2, "plugins": [CheckpointFile()], **trainer_options, **more}
         trainer = make_trainer(folder, *callbacks, **options)
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
@@ -288,6 +292,40 @@ def test_a_folder_without_what_a_part_has_not_learnt_yet(
         assert codes == [0, 0]
     same(tmp_path / "whole", tmp_path / "run", 1e-6, first_step=3)
     assert (tmp_path / LAST).is_dir() == then.endswith("folder") and not list((tmp_path / LAST).parent.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "what"), [(0, "shard"), (1, "shard"), (0, "rest")])
+@pytest.mark.parametrize("on_save_error", ["stop", "go_on"])
+def test_a_full_disk_under_a_folder_is_said_by_all(
+    train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, what: str, on_save_error: Any
+) -> None:
+    """The checkpoint from before stays, and no process waits for another."""
+    pwd, fsync, run = tmp_path / "two", os.fsync, partial(train, tmp_path / "two")
+
+    def full(file: int) -> None:
+        name = str(Path(f"/proc/self/fd/{file}").readlink())
+        if (
+            (name.endswith(METADATA) if what == "rest" else name.endswith(".distcp"))
+            and "last" in name
+            and (pwd / "full").exists()
+        ):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    def job(trainer_options: dict[str, Any], **options: Any) -> None:
+        if int(os.environ["RANK"]) == rank:
+            monkeypatch.setattr("os.fsync", full)
+        run(trainer_options, **options)
+
+    folder = partial(fsdp, folder=True)
+    assert in_two_processes(job, strategy=folder, batch_size=1, max_steps=3) == [0, 0]
+    (pwd / "full").touch()
+    resume = pwd / "checkpoints/last.ckpt"
+    more = {"batch_size": 1, "resume": resume, "max_steps": 5, "on_save_error": on_save_error}
+    assert in_two_processes(job, strategy=folder, **more) == ([1, 1] if on_save_error == "stop" else [0, 0])
+    manifest = read_manifest(resume)
+    assert manifest is not None and manifest.step == 3 and not list(resume.parent.glob(".*"))
 
 
 @pytest.mark.slow
