@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_modules.run_folder import cannot_write, run_folder
-from lightning_modules.signals import Signals, StoppedBySignal
+from lightning_modules.signals import Signals, StoppedBySignal, requeue
 from models.checkpoint import read_checkpoint
 from models.manifest import HashingWriter, Manifest, copy, discard, manifest_path, publish, read_manifest, sweep, temporary_name
 
@@ -143,15 +143,14 @@ class RunCheckpoint(ModelCheckpoint):
         if not signum:
             return
         name = signal.Signals(signum).name
-        requeue = self._signals.requeue if signum == signal.SIGUSR1 else None
-        if requeue is not None:
-            requeue(signum, None)
-            self._last_global_step_saved = trainer.global_step
-        elif not self._should_skip_saving_checkpoint(trainer):
+        requeues = self._signals.requeues
+        if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-        if signum == signal.SIGUSR1 and requeue is None:
+        if signum == signal.SIGUSR1 and not requeues:
             rank_zero_info(f"{name}: step {trainer.global_step:,} is saved, the run goes on")
             return
+        if signum == signal.SIGUSR1 and trainer.is_global_zero:
+            requeue()
         rank_zero_info(f"{name}: stopped after step {trainer.global_step:,}; --ckpt_path last goes on from there")
         raise StoppedBySignal(signum)
 

@@ -14,7 +14,6 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -119,8 +118,8 @@ class OmniLitCLI(LightningCLI):
 
     def _find_checkpoint(self, config: Namespace) -> None:
         folder, fits = Path(config.trainer.default_root_dir), self.subcommand == "fit"
-        if fits and config.ckpt_path is None and SLURMEnvironment.detect() and any(folder.glob("hpc_ckpt_*.ckpt")):
-            config.ckpt_path = "last"  # a requeued job: Lightning would take its newest hpc_ckpt, though a later one may be there
+        if fits and config.ckpt_path is None and "SLURM_RESTART_COUNT" in os.environ and (folder / "config.yaml").is_file():
+            config.ckpt_path = "last"  # a job that SLURM started again has the same command
         config.ckpt_path = find_checkpoint(config.ckpt_path, folder, may_begin=fits)
         if fits and config.ckpt_path and Path(config.ckpt_path).is_relative_to(folder):
             manifest = read_manifest(Path(config.ckpt_path))

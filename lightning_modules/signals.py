@@ -1,14 +1,16 @@
 """Signals that ask a run to save or to stop: noted when they come, obeyed between two steps by all processes together."""
 
+import os
 import signal
+import subprocess
 import threading
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 """In this order of precedence where several have come: the number decides, which grows."""
@@ -54,10 +56,9 @@ class Signals:
         return noted
 
     @property
-    def requeue(self) -> Callable[[int, FrameType | None], Any] | None:
-        """Lightning's handler of SIGUSR1, where it runs in a SLURM job: it saves, and puts the job back into the queue."""
-        before = self._before.get(signal.SIGUSR1)
-        return before if callable(before) else None
+    def requeues(self) -> bool:
+        """Whether SIGUSR1 is to put a SLURM job back into the queue: Lightning has set a handler of it there, unless told not to."""
+        return callable(self._before.get(signal.SIGUSR1))
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self._interrupted:
@@ -65,3 +66,17 @@ class Signals:
             raise StoppedBySignal(signum)
         self._interrupted = self._interrupted or signum == signal.SIGINT
         self.noted = max(self.noted, signum)
+
+
+def requeue() -> None:
+    """Puts the SLURM job of this process back into the queue, by the number that `scontrol` knows it by.
+
+    Lightning's handler does that too, but first it saves, under a name of its own, and where it cannot it does no more.
+    """
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = os.environ["SLURM_JOB_ID"] if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    if done.returncode:
+        rank_zero_warn(f"SLURM did not put job {job} back into the queue: {done.stderr.strip()}. Start it again by hand")
+    else:
+        rank_zero_info(f"job {job} is back in the queue")

@@ -15,6 +15,7 @@ import torch
 from lightning_modules.checkpoints import CannotSaveError, CheckpointFile, RunCheckpoint
 from lightning_modules.cli import find_checkpoint
 from models.manifest import newest, read_manifest, sweep
+from tests.faults.full_disk import FullAt
 from tests.faults.small_runs import end_state, fit, make_module, same
 from tests.lightning_modules.run_fakes import write_rows
 
@@ -125,22 +126,6 @@ def test_a_disk_that_takes_less_than_it_is_given_gets_the_rest(tmp_path: Path, m
     found = newest([tmp_path])
     assert found is not None and found.manifest.step == 3
     assert torch.equal(CheckpointFile().load_checkpoint(found.path)["a"], torch.full((9_000,), 3.0))
-
-
-class FullAt(CheckpointFile):
-    """A disk that is full while some steps are saved."""
-
-    steps: frozenset[int] = frozenset({2})
-    _step = 0
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        self._step = checkpoint["global_step"]
-        super().save_checkpoint(checkpoint, *args, **kwargs)
-
-    def open(self, path: Path) -> io.RawIOBase:
-        if self._step in self.steps:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return super().open(path)
 
 
 Run = Callable[..., Any]

@@ -13,8 +13,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from lightning_modules.checkpoints import RunCheckpoint
-from lightning_modules.cli import find_checkpoint
-from models.manifest import fault, read_manifest
+from models.manifest import read_manifest
+from tests.faults.full_disk import FullAt
 from tests.faults.small_runs import end_state, fit, make_module, same
 from tests.forked import in_child
 from tests.lightning_modules.processes import in_two_processes
@@ -106,22 +106,39 @@ def test_what_asks_for_a_checkpoint_gets_one_and_the_run_goes_on(run: Run, tmp_p
     assert [signal.getsignal(signum) for signum in (INT, USR1, TERM)] == before
 
 
-def test_a_slurm_job_is_put_back_into_the_queue(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scontrol = tmp_path / "bin/scontrol"
+@pytest.fixture
+def requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the command of a SLURM job, which this process is now, was asked for."""
+    scontrol, asked = tmp_path / "bin/scontrol", tmp_path / "requeued"
     scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(scontrol.parent), prepend=os.pathsep)
     of_job = {"JOB_ID": 77, "NTASKS": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "JOB_NAME": "train"}
     for name, value in of_job.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
+    return asked
+
+
+def test_a_slurm_job_is_put_back_into_the_queue(run: Run, requeued: Path, tmp_path: Path) -> None:
     run("whole")
     assert in_child(partial(run, "job", Send(USR1, at="update"), plugins=[SLURMEnvironment()])) == 128 + USR1
-    assert (tmp_path / "requeued").read_text() == "requeue 77\n"
-    found = find_checkpoint("last", tmp_path / "job")
-    assert found == str(tmp_path / "job/hpc_ckpt_1.ckpt") and not fault(Path(found))
-    run("job", resume=found)
+    assert requeued.read_text() == "requeue 77\n"
+    assert step_of(tmp_path / "job") == 2 and not list(tmp_path.rglob("hpc_ckpt*"))
+    run("job", resume=tmp_path / "job/checkpoints/last.ckpt")
     assert same(end_state(tmp_path / "job"), end_state(tmp_path / "whole"))
+
+
+def test_so_is_one_of_an_array_whose_checkpoint_cannot_be_written(
+    run: Run, requeued: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the run is to go on without: it does, from the checkpoint before."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    files, every_step = FullAt(), RunCheckpoint(every_n_train_steps=1, on_save_error="go_on")
+    options = {"checkpoint": every_step, "files": files, "plugins": [SLURMEnvironment()]}
+    assert in_child(partial(run, "job", Send(USR1, at="update"), **options)) == 128 + USR1
+    assert requeued.read_text() == "requeue 70_3\n" and step_of(tmp_path / "job") == 1
 
 
 def test_a_signal_to_one_process_stops_all(run: Run, tmp_path: Path) -> None:

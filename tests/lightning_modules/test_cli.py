@@ -7,7 +7,7 @@ import pytest
 from jsonargparse import Namespace
 
 from lightning_modules.checkpoints import CheckpointFile
-from lightning_modules.cli import find_checkpoint, go_on_in_wandb
+from lightning_modules.cli import OmniLitCLI, find_checkpoint, go_on_in_wandb
 from train import main
 
 TINY = ["--config", "configs/sft/tiny.yaml", "--trainer.enable_progress_bar=false", "--trainer.num_sanity_val_steps=0"]
@@ -87,6 +87,28 @@ class TestFindCheckpoint:
             find_checkpoint("last", tmp_path)
         with pytest.warns(UserWarning, match="ended before its first, and begins anew"):
             assert find_checkpoint("last", tmp_path, may_begin=True) == "last"
+
+
+@pytest.mark.parametrize(("count", "has_begun", "taken"), [(None, True, None), ("1", True, "step 9"), ("1", False, None)])
+def test_a_job_that_slurm_started_again_goes_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    count: str | None,
+    has_begun: bool,
+    taken: str | None,
+) -> None:
+    if has_begun:
+        (tmp_path / "config.yaml").write_text("model: {}\n")
+        CheckpointFile().save_checkpoint({"global_step": 9}, tmp_path / "checkpoints/last.ckpt")
+    if count is not None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+    config = Namespace(trainer=Namespace(default_root_dir=str(tmp_path), logger=False), ckpt_path=None)
+    cli = object.__new__(OmniLitCLI)
+    cli.subcommand = "fit"
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        cli._find_checkpoint(config)
+    assert (config.ckpt_path is not None) == (taken is not None) and (taken or "") in caplog.text
 
 
 def flip_a_bit(path: Path) -> None:
