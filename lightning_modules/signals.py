@@ -57,7 +57,7 @@ class Signals:
 
     @property
     def requeues(self) -> bool:
-        """Whether SIGUSR1 is to put a SLURM job back into the queue: Lightning has set a handler of it there, unless told not to."""
+        """Whether SIGUSR1 is to put a SLURM job back into the queue: there Lightning has a handler of it, unless told not to."""
         return callable(self._before.get(signal.SIGUSR1))
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

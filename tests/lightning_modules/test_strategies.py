@@ -329,6 +329,16 @@ def test_a_full_disk_under_a_folder_is_said_by_all(
 
 
 @pytest.mark.slow
+def test_a_folder_of_shards_goes_on_in_more_processes(train: Callable[..., None], tmp_path: Path) -> None:
+    folder, steps = partial(fsdp, folder=True), {"max_epochs": 3}
+    train(tmp_path / "whole", {}, batch_size=4, max_steps=6, **steps)
+    assert in_two_processes(train, tmp_path / "first", strategy=folder, batch_size=2, max_steps=3, **steps) == [0, 0]
+    options = {"batch_size": 1, "resume": tmp_path / "first/checkpoints/last.ckpt", "max_steps": 6, **steps}
+    assert in_two_processes(train, tmp_path / "then", strategy=folder, number=4, timeout_seconds=60, **options) == [0, 0, 0, 0]
+    same(tmp_path / "whole", tmp_path / "then", first_step=3)
+
+
+@pytest.mark.slow
 def test_a_folder_of_shards_becomes_one_file(train: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the command that `ShardedStrategy` names: from the file the model is made again, with the weights of the run."""
     from lightning.fabric.utilities import consolidate_checkpoint
