@@ -30,7 +30,7 @@ class Counts:
     Args:
         rows: Rows of the last epoch: rows = trained + skipped + not_reached; and its dropped_tokens.
         media: Media in the rows of the last epoch, by modality.
-        seen: Media in the rows of the whole fit, by modality.
+        seen: Media in the rows of the whole fit, by modality; of a resumed one, as far as is known.
         sources: The rows by the name of their source, of a mixture.
     """
 
@@ -61,19 +61,22 @@ class Counts:
 class RunSummary(Callback):
     """Sums a fit up when it ends, also when it is stopped or fails: a line in the log, and `summary.json` in the run folder.
 
-    Rows and media are those of the last epoch. An encoder that no row of the whole fit had media for earns a warning. A run that
-    was killed between its last checkpoint and its end is summed up when it is resumed, without time and metrics, which went
-    with its process.
+    Rows and media are those of the last epoch. An encoder that no row of the whole fit had media for earns a warning; not so in a
+    fit that was resumed after its first epoch, since checkpoints know the media of one epoch. A run that was killed between its
+    last checkpoint and its end is summed up when it is resumed, without time, memory and metrics, which went with its process.
     """
 
     def __init__(self) -> None:
         self._started: float | None = None
         self._seen: Counter[Modality] = Counter()
+        self._saw_all = False
         self._counts: Counts | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
-        self._start(trainer)
+        self._started, self._counts = time.monotonic(), None
+        self._seen = Counter(_datamodule(trainer).media_counts())  # those that a resumed epoch had before
+        self._saw_all = trainer.current_epoch == 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -88,7 +91,7 @@ class RunSummary(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sums a complete fit up, also one that had nothing left to do."""
         if self._started is None and trainer.global_step and not _is_summed_up(trainer):
-            self._start(trainer)
+            self._saw_all = False
             self._counts = self._own_counts(trainer).add_up(trainer)
         self._write(trainer, pl_module, "finished")
 
@@ -101,10 +104,6 @@ class RunSummary(Callback):
         except ValueError as error:  # a full disk must not hide what stopped the run
             rank_zero_warn(str(error))
 
-    def _start(self, trainer: Trainer) -> None:
-        self._started, self._counts = time.monotonic(), None
-        self._seen = Counter(_datamodule(trainer).media_counts())  # those that a resumed epoch had before
-
     def _own_counts(self, trainer: Trainer) -> Counts:
         datamodule = _datamodule(trainer)
         seen = {name: self._seen[name] for name in MODALITIES}
@@ -112,18 +111,19 @@ class RunSummary(Callback):
         return Counts(datamodule.row_counts(), datamodule.media_counts(), seen, sources)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, status: str) -> None:
-        if self._started is None or not trainer.is_global_zero:
+        started, added_up = self._started, self._counts
+        self._started = self._counts = None
+        if (started is None and added_up is None) or not trainer.is_global_zero:
             return
-        seconds, self._started = time.monotonic() - self._started, None
-        of_all = self._counts is not None or trainer.world_size == 1
-        counts = self._counts or self._own_counts(trainer)
+        of_all = added_up is not None or trainer.world_size == 1
+        counts = added_up or self._own_counts(trainer)
         parts = cast("MultiModalLitModule", pl_module).parts()
         encoded = [modality for modality in MODALITIES if f"{modality}_encoder" in parts]
         training = {name.partition("_")[0] for name, part in parts.items() if any(p.requires_grad for p in part.parameters())}
         rank_zero_info(counts.line(encoded) + ("" if of_all else " (this process alone)"))
         for line in counts.source_lines():
             rank_zero_info(line)
-        if of_all and counts.rows["trained"]:
+        if of_all and self._saw_all and counts.rows["trained"]:
             for modality in encoded:
                 if modality in training and not counts.seen[modality]:
                     rank_zero_warn(_never_seen(modality))
@@ -134,12 +134,9 @@ class RunSummary(Callback):
             **({"sources": counts.sources} if counts.sources else {}),
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
-            "seconds": round(seconds, 1),
-            "peak_memory_bytes": _peak_memory_bytes(),
         }
-        device = trainer.strategy.root_device
-        if device.type == "cuda":
-            summary["peak_cuda_bytes"] = torch.cuda.max_memory_allocated(device)
+        if started is not None:
+            summary |= {"seconds": round(time.monotonic() - started, 1), **_peak_memory(trainer.strategy.root_device)}
         if isinstance(checkpoint := trainer.checkpoint_callback, ModelCheckpoint):
             summary["best_checkpoint"] = checkpoint.best_model_path or None
             summary["last_checkpoint"] = checkpoint.last_model_path or None
@@ -179,7 +176,8 @@ def _never_seen(modality: Modality) -> str:
     )
 
 
-def _peak_memory_bytes() -> int:
-    """Largest resident size of this process so far."""
+def _peak_memory(device: torch.device) -> dict[str, int]:
+    """Largest resident size of this process so far, and what it had of a CUDA device."""
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    return peak | ({"peak_cuda_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {})

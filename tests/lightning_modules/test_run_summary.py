@@ -147,10 +147,28 @@ def test_a_run_that_was_killed_after_its_last_step_is_summed_up_when_it_is_resum
         path.write_text(json.dumps(whole | interrupted))
         fit(4, **resumed)
         assert {name: read(tmp_path)[name] for name in ("status", "steps")} == {"status": "finished", "steps": 4}
+        assert not {"seconds", "peak_memory_bytes"} & read(tmp_path).keys()  # they went with its process
     path.unlink()
     fit(4, **resumed)
     known = {"status": "finished", "rows": 3000, "trained": 2980, "steps": 4, "metrics": {}}
     assert read(tmp_path) | known == read(tmp_path)
+
+
+@pytest.mark.parametrize("max_steps", [6, 9])
+def test_an_encoder_that_may_have_had_media_in_an_earlier_epoch_is_not_named(tmp_path: Path, max_steps: int) -> None:
+    """Only the last epoch is known of a fit that was killed in its second epoch; it goes on for as long, or for another one."""
+    saves = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    options: dict[str, Any] = {"enable_checkpointing": True, "max_epochs": -1}
+    batches = [good_batch(False)] * 3
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_trainer(tmp_path, [saves], max_steps=6, **options)
+        trainer.fit(WithEncoders(), datamodule=Media(batches))
+        trainer = make_trainer(tmp_path, [RunSummary()], max_steps=max_steps, **(options | {"enable_checkpointing": False}))
+        resumed: dict[str, Any] = {"ckpt_path": saves.last_model_path, "weights_only": True}
+        trainer.fit(WithEncoders(), datamodule=Media(batches), **resumed)
+    assert read(tmp_path)["steps"] == max_steps and read(tmp_path)["trained"] == 2980
+    assert not [warning for warning in caught if "have learnt nothing" in str(warning.message)]
 
 
 def test_no_summary_where_training_never_began(tmp_path: Path) -> None:
