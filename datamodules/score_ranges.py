@@ -1,5 +1,6 @@
 """Which reward criteria tell nothing apart. Shape suffixes: A answers, C criteria."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -11,8 +12,8 @@ from datamodules.batch import AnswerRole
 ENOUGH = 200
 """Answers after which a process that judges alone says that a criterion gave the same to each."""
 
-ROUNDING = 1e-6
-"""Scores that differ by no more are the same: those of a model are rounded by their batch."""
+ROUNDING = 16 * torch.finfo(torch.float32).eps
+"""Scores that differ by no more than this part of their size are the same: those of a model are rounded by their batch."""
 
 Reduce = Callable[[Tensor, Literal["sum", "max"]], Tensor]
 """Makes one tensor of those of all processes, which must meet there."""
@@ -74,7 +75,7 @@ class ScoreRanges:
         most_C2 = reduce(torch.stack([self._most[name] for name in names]), "max").tolist()
         said = []
         for name, (answers, scored), (below, highest) in zip(names, sums_C2, most_C2, strict=True):
-            if answers >= at_least and highest + below <= ROUNDING:
+            if answers >= at_least and (not scored or math.isclose(-below, highest, rel_tol=ROUNDING)):
                 self._reported.add(name)
                 what = f"the score {highest:.3g}" if scored else "no score"
                 of = f"each of {int(scored or answers)} answers"

@@ -249,7 +249,7 @@ def test_a_criterion_that_says_nothing_is_named_once_there_is_enough() -> None:
     roles: list[AnswerRole] = ["chosen", "rejected", "corrupted", "mismatched"]
     for number in range(ENOUGH // 2):
         assert ranges.constant(ENOUGH) == []
-        other = 0.5 + ROUNDING / 2 * (number % 2)
+        other = 0.5 * (1 + ROUNDING / 2 * (number % 2))
         scores_A = {"blind": [0.5, other, 0.9, 0.9], "silent": [math.nan] * 4, "seeing": [0.5, 0.6, 0.5, 0.5]}
         ranges.add({name: torch.tensor(scores, dtype=torch.float64) for name, scores in scores_A.items()}, roles)
     assert ranges.constant(ENOUGH) == [
@@ -257,6 +257,29 @@ def test_a_criterion_that_says_nothing_is_named_once_there_is_enough() -> None:
         "the reward criterion silent gave no score to each of 200 answers: it tells nothing apart",
     ]
     assert ranges.constant() == []
+
+
+@pytest.mark.parametrize(
+    ("scores", "same"),
+    [
+        ([3e-7, 9e-7, 1e-8, 5e-7], None),
+        ([0.5, 0.50001, 0.5, 0.5], None),
+        ([math.inf, 0.5, 0.5, math.inf], None),
+        ([-math.inf, math.inf, 0.5, 0.5], None),
+        ([0.0, 0.0, -0.0, 0.0], "0"),
+        ([3e-7, 3.000001e-7, 3e-7, 3e-7], "3e-07"),
+        ([37.12345, 37.12346, 37.12345, math.nan], "37.1"),
+        ([-37.12345, -37.12346, -37.12345, math.nan], "-37.1"),
+        ([math.inf] * 4, "inf"),
+        ([-math.inf] * 4, "-inf"),
+    ],
+)
+def test_scores_are_the_same_up_to_the_rounding_of_their_size(scores: list[float], same: str | None) -> None:
+    ranges = ScoreRanges()
+    ranges.add({"a": torch.tensor(scores)}, ["chosen", "rejected"] * 2)
+    given = 4 - sum(map(math.isnan, scores))
+    said = f"the reward criterion a gave the score {same} to each of {given} answers: it tells nothing apart"
+    assert ranges.constant() == ([] if same is None else [said])
 
 
 def test_processes_judge_together() -> None:
