@@ -11,7 +11,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from encoders.base import Part
+from lightning_modules.optim import NO_DECAY
 from lightning_modules.run_folder import run_folder, write_text
+from lightning_modules.zero import ZeroStrategy
 from models.stored import num_weights, stored_type
 
 if TYPE_CHECKING:
@@ -39,7 +41,8 @@ class PartTable(Callback):
 
             get_console().print(_table(rows))
             write_text(run_folder(trainer) / "parts.json", json.dumps(rows, indent=2) + "\n")
-        for optimizer in trainer.optimizers:
+        strategy = trainer.strategy
+        for optimizer in [strategy.optimizer] if isinstance(strategy, ZeroStrategy) else trainer.optimizers:
             if warning := unused_lr(parts, optimizer.defaults.get("lr")):
                 rank_zero_warn(warning)
 
@@ -73,10 +76,13 @@ def _describe(name: str, part: Part, groups: list[dict[str, Any]]) -> dict[str, 
     parameters = [parameter for _, parameter in part.own_named_parameters()]
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     own = {id(parameter) for parameter in trainable}
-    # a scheduler starts its warm-up below the learning rate that was asked for, and keeps that one as `initial_lr`
-    rates = [
-        group.get("initial_lr", group["lr"]) for group in groups if any(id(parameter) in own for parameter in group["params"])
+    of_part = [  # by name, too: the groups of an engine hold shares
+        group
+        for group in groups
+        if group.get("name", "").removesuffix(NO_DECAY) == name or any(id(parameter) in own for parameter in group["params"])
     ]
+    # a scheduler starts its warm-up below the learning rate that was asked for, and keeps that one as `initial_lr`
+    rates = [group.get("initial_lr", group["lr"]) for group in of_part]
     dtypes: Counter[str] = Counter()
     for parameter in parameters:
         dtypes[stored_type(parameter)] += num_weights(parameter)

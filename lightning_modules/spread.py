@@ -74,7 +74,8 @@ class SpreadLitModule(MeasuringLitModule):
             return
         torch.set_rng_state(self.trainer.strategy.broadcast(torch.get_rng_state()))  # each draws what the first one draws
         self.build_model()
-        _ = self.model.language_model.takes_branches  # is tried out, while the weights are whole
+        language_model = self.model.language_model
+        _ = language_model.takes_branches, language_model.takes_packs  # are tried out, while the weights are whole
         if self.device_mesh is not None:
             parallelize(self.model, self.device_mesh)
         elif self.zero is not None and (self.trainer.training or self.zero.stage == 3):

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from lightning_modules.optim import NO_DECAY
 from lightning_modules.zero_shares import Shares, SharesOfWeights
-from models.zero import GatheredLayers
+from models.stored import num_weights
+from models.zero import GatheredLayers, check_whole
 
 
 class ZeroPrecision(DeepSpeedPrecision):
@@ -160,11 +161,11 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Makes the engine, for training or weights in shares; whole ones are evaluated without."""
         module: Any = self.lightning_module
         if module.trainer.training:
+            check_whole(module.model)
             module.take_fingerprints()  # of the weights, while they are whole
             super().init_deepspeed()
-            optimizer = self.deepspeed_engine.optimizer.optimizer
-            optimizer.register_step_pre_hook(self._leave_out)
-            optimizer.register_step_post_hook(self._give_back)
+            self.optimizer.register_step_pre_hook(self._leave_out)
+            self.optimizer.register_step_post_hook(self._give_back)
         elif self.stage == 3:
             self.model, _ = self._setup_model_and_optimizer(module, None)
         else:
@@ -184,7 +185,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         gathered = GatheredLayers(module, module.model)
         for layer in gathered.layers:
             set_z3_leaf_module(layer, True)  # is gathered at once, with all that stands in it
-        outside = [weight.numel() for weight in gathered.parameters(recurse=False)]
+        outside = [num_weights(weight) for weight in gathered.parameters(recurse=False)]
         self.config["zero_optimization"] |= {
             # what is outside of the layers comes first, and fills up what is kept whole
             "stage3_param_persistence_threshold": max(outside, default=0),
@@ -255,9 +256,14 @@ class ZeroStrategy(DeepSpeedStrategy):
         return self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Loads the weights of a checkpoint, before shares are made of them."""
-        assert self.lightning_module is not None
-        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        """Loads the weights of a checkpoint, before shares are made of them.
+
+        Raises:
+            ValueError: They have been made.
+        """
+        module: Any = self.lightning_module
+        check_whole(module.model)
+        module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Loads this process's share of the state of the optimizer."""
@@ -265,9 +271,15 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._shares.load_state(saved)
 
     @property
+    def optimizer(self) -> Optimizer:
+        """That of the run, which the engine's is around."""
+        optimizer: Optimizer = self.deepspeed_engine.optimizer.optimizer
+        return optimizer
+
+    @property
     def _shares(self) -> Shares:
         kind = SharesOfWeights if self.stage == 3 else Shares
-        return kind(self.deepspeed_engine.optimizer)
+        return kind(self.deepspeed_engine.optimizer, self.root_device)
 
     def _leave_out(self, optimizer: Optimizer, *args: Any) -> None:
         for group in optimizer.param_groups:  # the engine steps group by group

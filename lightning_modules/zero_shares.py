@@ -16,10 +16,12 @@ class Shares:
 
     Args:
         zero: The engine's optimizer, around that of the run.
+        device: Over which the processes exchange tensors.
     """
 
-    def __init__(self, zero: Any) -> None:
+    def __init__(self, zero: Any, device: torch.device) -> None:
         self.zero = zero
+        self.device = device
         self.optimizer: torch.optim.Optimizer = zero.optimizer
 
     def groups(self) -> list[tuple[list[nn.Parameter], Tensor]]:
@@ -86,8 +88,8 @@ class Shares:
                 "configs/strategy/ddp.yaml"
             )
         shape, (mine, here) = self.shape(weight), self.place(weight)
-        whole = value.new_zeros(shape.numel(), device=weight.device)
-        whole[mine] = value[here].to(weight.device)
+        whole = value.new_zeros(shape.numel(), device=self.device)
+        whole[mine] = value[here].to(self.device)
         dist.all_reduce(whole)
         return whole.view(shape).cpu()
 

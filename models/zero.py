@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.multimodal import MultiModalModel
+from models.parallel import is_sharded
 
 
 class GatheredLayers(nn.Module):
@@ -68,3 +69,16 @@ class LastGradients:
         if self._zero is not None:
             hidden_BTD = hidden_BTD + self._zero.to(hidden_BTD)
         return ((hidden_BTD, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_BTD})
+
+
+def check_whole(model: MultiModalModel) -> None:
+    """Refuses a model of which a process has but shares, to begin to train, or to take up a checkpoint.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if is_sharded(model):
+        raise ValueError(
+            "the weights of this module have been cut into shares by an earlier fit or evaluation under ZeRO-3, and then neither "
+            "begin to train nor take up a checkpoint: make a new module for that"
+        )

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from datamodules.batching import Batching
 from encoders.projectors import MLPProjector
 from encoders.tuning import LoRA, Tune
 from lightning_modules.checkpoints import CheckpointFile, RunCheckpoint
@@ -41,6 +42,7 @@ from tests.lightning_modules.test_exact_weighting import Job
 
 job = test_exact_weighting.job  # a fixture
 LORA = Tune(mode="lora", lora=LoRA(target_modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")))
+ROWS, PACKS = Batching(), Batching(kind="packed", max_tokens=76)
 KINDS = ("i", "", "va", "i", "a", "", "iv", "a", "", "")
 """Of rows, which two processes take in turn: in most batches they have media of other kinds."""
 
@@ -83,6 +85,7 @@ def train(tiny_llm: Path, tiny_clip: Path, tiny_whisper: Path, tmp_path: Path) -
         narrow: bool = False,
         fusion: Fusion | None = None,
         optimizer: Callable[[Any], torch.optim.Optimizer] = momentum,
+        batching: Batching = ROWS,
         resume: Path | None = None,
         bad: int | None = None,
         on_save_error: Literal["stop", "go_on"] = "stop",
@@ -105,9 +108,8 @@ def train(tiny_llm: Path, tiny_clip: Path, tiny_whisper: Path, tmp_path: Path) -
                 losses.append(trainer.callback_metrics["train/loss"].clone())
 
         start = 0 if resume is None else 3
-        data = make_data(
-            module, path, batch_size=batch_size, val_path=str(path), eval_batch_size=2, max_skipped=0.5, shuffle=False
-        )
+        batches: dict[str, Any] = {"batch_size": batch_size, "eval_batch_size": 2, "batching": batching}
+        data = make_data(module, path, **batches, val_path=str(path), max_skipped=0.5, shuffle=False)
         callbacks = [Watch(look), RunCheckpoint(every_n_train_steps=3, on_save_error=on_save_error)]
         options = {"gradient_clip_val": 0.2, "plugins": [CheckpointFile()], **trainer_options, **more}
         trainer = make_trainer(folder, *callbacks, **options)
@@ -170,16 +172,17 @@ def test_so_they_do_in_other_ways(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "batch_size"), [(fsdp, 1), (split, 2)], ids=["fsdp", "split"])
-@pytest.mark.parametrize("case", ["narrow", "crossing", "adam"])
+@pytest.mark.parametrize("case", ["narrow", "crossing", "adam", "packed"])
 def test_so_do_models_of_other_kinds(
     train: Callable[..., None], tmp_path: Path, strategy: MakeStrategy, batch_size: int, case: str
 ) -> None:
     """With frozen weights in bfloat16 and activations that are computed again; with blocks in the decoder that look at media;
-    with Adam, which where layers are sharded may step all weights at a time."""
+    with Adam, which where layers are sharded may step all weights at a time; with packs, of which one has a single row."""
     options: dict[str, dict[str, Any]] = {
         "narrow": {"tune": replace(LORA, activation_checkpointing=True), "narrow": True},
         "crossing": {"fusion": GatedCrossAttentionFusion(every=2, num_heads=2, head_dim=8), "bad": 3, "max_epochs": 2},
         "adam": {"optimizer": partial(adam, fused=strategy is fsdp)},
+        "packed": {"batching": PACKS},
     }
     train(tmp_path / "one", {}, batch_size=2, **options[case])
     assert in_two_processes(train, tmp_path / "two", strategy=strategy, batch_size=batch_size, **options[case]) == [0, 0]

@@ -12,6 +12,7 @@ import torch
 
 from encoders.tuning import Tune
 from lightning_modules import zero as zero_module
+from lightning_modules.callbacks import FirstStepCheck, PartTable, RunSummary, Throughput
 from lightning_modules.checkpoints import CheckpointFile
 from lightning_modules.dpo import DPOLitModule
 from lightning_modules.multimodal import MultiModalLitModule
@@ -27,7 +28,7 @@ from tests.lightning_modules.preference_fakes import sgd
 from tests.lightning_modules.processes import in_two_processes, zero, zero3
 from tests.lightning_modules.run_fakes import make_data, make_trainer
 from tests.lightning_modules.test_exact_weighting import Job
-from tests.lightning_modules.test_strategies import HOW, LORA, same
+from tests.lightning_modules.test_strategies import HOW, LORA, PACKS, same
 
 train, job = test_strategies.train, test_exact_weighting.job  # fixtures
 
@@ -40,12 +41,15 @@ def deepspeed() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("deepspeed")
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("case", ["lora", "accumulate", "last", "full", "offload", "bf16", "crossing", "narrow"])
+@pytest.mark.parametrize(
+    "case", ["lora", "accumulate", "last", "full", "offload", "bf16", "crossing", "narrow", "usual", "packed"]
+)
 def test_two_processes_learn_what_one_learns(train: Callable[..., None], tmp_path: Path, case: str, stage: int) -> None:
     """With LoRA, and gradients that are clipped; with batches accumulated, the last step of an epoch a shorter one, and a
     process whose batch has no row, also in the last one before validation; in full, not clipped; with the state of the
     optimizer (and the shares of the weights) in the memory of the machine; in bf16-mixed, nearly; with blocks in the decoder that
-    look at media; and with frozen weights in bfloat16 and activations that are computed again."""
+    look at media; with frozen weights in bfloat16 and activations that are computed again, also in bf16-mixed; and with packs, of
+    which one has a single row."""
     options: dict[str, dict[str, Any]] = {
         "lora": {},
         "accumulate": {"accumulate_grad_batches": 2, "bad": 3, "max_epochs": 2},
@@ -55,13 +59,15 @@ def test_two_processes_learn_what_one_learns(train: Callable[..., None], tmp_pat
         "bf16": {"precision": "bf16-mixed"},
         "crossing": {"fusion": GatedCrossAttentionFusion(every=2, num_heads=2, head_dim=8), "bad": 3, "max_epochs": 2},
         "narrow": {"tune": replace(LORA, activation_checkpointing=True), "narrow": True},
+        "usual": {"tune": replace(LORA, activation_checkpointing=True), "narrow": True, "precision": "bf16-mixed"},
+        "packed": {"batching": PACKS},
     }
     strategy = partial(
         zero, stage=stage, offload_optimizer=case == "offload", offload_parameters=case == "offload" and stage == 3
     )
     train(tmp_path / "one", {}, batch_size=2, **options[case])
     assert in_two_processes(train, tmp_path / "two", strategy=strategy, batch_size=1, **options[case]) == [0, 0]
-    same(tmp_path / "one", tmp_path / "two", 5e-3 if case == "bf16" else 1e-6)
+    same(tmp_path / "one", tmp_path / "two", 5e-3 if case in ("bf16", "usual") else 1e-6)
 
 
 @pytest.mark.slow
@@ -128,11 +134,15 @@ def test_they_measure_and_answer_as_one_does(
             return dict(metrics), {row["line"]: row["response"] for batch in predicted for row in batch}
 
         module = make()
-        trainer = make_trainer(folder, SamplePage(2), **how, plugins=[CheckpointFile()])
+        callbacks = PartTable(), FirstStepCheck(), Throughput(), RunSummary(), SamplePage(2)  # the first are those of train.py
+        trainer = make_trainer(folder, *callbacks, **how, plugins=[CheckpointFile()])
         data = make_data(module, rows, val_path=str(rows), shuffle=False, batch_size=batch_size)
         trainer.fit(module, data)
         trainer.save_checkpoint(folder / "end.ckpt")
         found = [numbers(None)]
+        if stage == 3 and trainer.world_size > 1:
+            with pytest.raises(ValueError, match="have been cut into shares.*make a new module"):
+                trainer.fit(module, data)
         module = make()
         found.append(numbers(folder / "end.ckpt"))
         layers = {weight.numel() > 0 for weight in module.model.language_model.decoder_layers.parameters()}
@@ -146,6 +156,7 @@ def test_they_measure_and_answer_as_one_does(
         json.loads((tmp_path / path).read_text()) for path in ("one/0.json", "two/0.json", "two/1.json")
     )
     assert expected == again and len(set(expected[1].values())) > 1
+    assert (tmp_path / "two/parts.json").read_text() == (tmp_path / "one/parts.json").read_text()
     for (metrics, answers), (other_metrics, other_answers) in zip(first, second, strict=True):
         assert metrics == pytest.approx(expected[0], abs=1e-5) and other_metrics == pytest.approx(expected[0], abs=1e-5)
         assert answers | other_answers == expected[1] and not answers.keys() & other_answers.keys()
