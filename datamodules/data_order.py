@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _HASH = "hash of"
+SIZES = f"{_HASH} the rows' sizes"
+"""Under this name the order has `hash_of_sizes`."""
+
+
+def hash_of_sizes(sizes: "RowSizes") -> str:
+    """Tells the sizes of all rows from others."""
+    return _hash(*(array.astype(np.int64).tobytes() for array in sizes if array is not None))
 
 
 def data_order(
@@ -39,7 +46,7 @@ def data_order(
     order["batch_size x processes x accumulate_grad_batches"] = batches.step_size
     if batches.batching.kind != "rows":
         order["batching"] = str(batches.batching)
-        order[f"{_HASH} the rows' sizes"] = _hash(*(array.astype(np.int64).tobytes() for array in sizes() if array is not None))
+        order[SIZES] = hash_of_sizes(sizes())
     return {**order, "shuffle": batches.sampler.shuffle, "seed": batches.sampler.seed}
 
 
@@ -53,9 +60,15 @@ def check_order(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     names = [name for name in dict.fromkeys([*saved, *now]) if name not in unknown]
     changed = [f"{name} {saved.get(name)} (now {now.get(name)})" for name in names if saved.get(name) != now.get(name)]
     if changed:
+        are_sizes_other = SIZES in now and saved.get(SIZES) not in (None, now[SIZES])
+        kept = (
+            ". (The sizes that a run begins with are kept in omnilit/sizes of the user's cache, $XDG_CACHE_HOME or ~/.cache: "
+            f"a file whose name ends in {saved.get(SIZES)}.npy. Where data and options are as they were, bring that file back)"
+        )
         raise ValueError(
             f"the checkpoint's place in the training data belongs to {', '.join(changed)}: a run is resumed with the data "
             "and options that it had. Set them back, or start a new run from its weights with model.init_from"
+            f"{kept if are_sizes_other else ''}"
         )
     if unknown:
         log.warning("the checkpoint is from before a %s was kept: it is not checked", ", ".join(unknown))

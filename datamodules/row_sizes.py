@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from datamodules.answer_examples import answer_example
 from datamodules.answer_rows import answer_rows
 from datamodules.batch import MODALITIES, Example, RowError
 from datamodules.content import Media
+from datamodules.data_order import SIZES, hash_of_sizes
 from datamodules.packing import RowSize, RowSizes
 from datamodules.parts import Prepared
 
@@ -74,7 +75,8 @@ def row_sizes(dataset: "RowDataset", num_workers: int) -> RowSizes:
 
     They are kept in the user's cache folder, and found there as long as file, media limits, processor and objective are the
     same. (The media are looked at once: a picture that is replaced by a larger one makes a pack longer than was planned.)
-    A row that could not be used is looked at again the next time, unless a run goes on.
+    A row that could not be used is looked at again the next time. What a run begins with is kept beside that, and it goes on
+    with it.
 
     Args:
         dataset: The rows.
@@ -99,12 +101,32 @@ def agree_on_sizes(loader: "RowLoader", trainer: "L.Trainer | None") -> None:
     if trainer is None or loader.batches.batching.kind == "rows":
         return
     # a run that goes on keeps the sizes, and with them the packs, that it began with
-    again = trainer.ckpt_path is None
-    looks = [_Look(source, loader.num_workers, again) for source in loader.dataset.sources] if trainer.global_rank == 0 else []
+    sources, again = loader.dataset.sources, trainer.ckpt_path is None
+    sizes = _begun_with(sources, trainer) if trainer.global_rank == 0 and not again else None
+    looks = [_Look(source, loader.num_workers, again) for source in sources] if trainer.global_rank == 0 and sizes is None else []
     is_done = False
     while not is_done:
         is_done = trainer.strategy.reduce_boolean_decision(all(look.go_on(_SECONDS) for look in looks))
-    loader.all_sizes = trainer.strategy.broadcast(_of_all(looks) if looks else None)
+    if looks:
+        sizes = _of_all(looks)
+        kept = _place_of_run(sources, hash_of_sizes(sizes))
+        if not kept.is_file():
+            _write(kept, np.concatenate([look.sizes_4R for look in looks], axis=1))
+    loader.all_sizes = trainer.strategy.broadcast(sizes)
+
+
+def _begun_with(sources: "Sequence[MultiModalDataset]", trainer: "L.Trainer") -> RowSizes | None:
+    """The sizes that a run began with which goes on from a checkpoint; None: they are not kept here.
+
+    Under some strategies the checkpoint is taken up after the batches of an epoch have been counted: so it is asked itself.
+    """
+    attached: Any = trainer  # declared too narrowly
+    path, name = Path(str(trainer.ckpt_path)), type(attached.datamodule).__qualname__
+    file = path / "meta.pt" if path.is_dir() else path  # of a folder of shards it is what has no shards
+    checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    own = checkpoint.get(name, {}).get("train", {}).get("order", {}).get(SIZES)
+    kept = None if own is None else _place_of_run(sources, own)
+    return RowSizes(*np.load(kept, allow_pickle=False)) if kept is not None and kept.is_file() else None
 
 
 class _Look:
@@ -150,18 +172,19 @@ class _Look:
             if time.monotonic() - started >= seconds:
                 break
         self._ahead = self._ahead[num_done:]
-        self._keep()
+        _write(self._file, self.sizes_4R)
         return not len(self._ahead)
 
-    def _keep(self) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._file.with_name(f"{self._file.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            with temporary.open("xb") as file:
-                np.save(file, self.sizes_4R)
-            temporary.replace(self._file)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+def _write(path: Path, sizes_4R: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            np.save(file, sizes_4R)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _of_all(looks: Sequence[_Look]) -> RowSizes:
@@ -203,3 +226,15 @@ def _place(source: "MultiModalDataset") -> Path:
     )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "omnilit" / "sizes" / f"{hashlib.sha256(repr(told).encode()).hexdigest()}.npy"
+
+
+def _place_of_run(sources: "Sequence[MultiModalDataset]", own: str) -> Path:
+    """Where the sizes that a run began with are kept: later looks at the same rows may find others, and never change these.
+
+    Args:
+        sources: Of the rows.
+        own: The `hash_of_sizes`.
+    """
+    places = [_place(source) for source in sources]
+    name = hashlib.sha256(repr([place.stem for place in places]).encode()).hexdigest()
+    return places[0].with_name(f"{name}.{own}.npy")

@@ -14,7 +14,7 @@ from datamodules.batch import RowError
 from datamodules.batching import Batching
 from datamodules.collate import collate
 from datamodules.dataset import MultiModalDataset
-from datamodules.loader import RowLoader
+from datamodules.loader import RowLoader, StatefulLoader
 from datamodules.packing import RowSizes
 from datamodules.prompt_options import PromptOptions
 from datamodules.row_sizes import agree_on_sizes, row_sizes
@@ -112,6 +112,17 @@ def test_answers_share_their_prompt(tmp_path, row_processor):
         assert len(batch["tokens_BT"]) == (1 if shared else 2)
 
 
+def a_trainer(ckpt_path: Path | None = None) -> SimpleNamespace:
+    alone = SimpleNamespace(reduce_boolean_decision=lambda is_done: is_done, broadcast=lambda sizes: sizes)
+    return SimpleNamespace(global_rank=0, ckpt_path=ckpt_path, strategy=alone, datamodule=SimpleNamespace())
+
+
+def agreed(dataset: MultiModalDataset, ckpt_path: Path | None = None) -> StatefulLoader:
+    loader = StatefulLoader(dataset, 1, {}, shuffle=True, batching=Batching("packed", max_tokens=60))
+    agree_on_sizes(loader, a_trainer(ckpt_path))
+    return loader
+
+
 def test_what_could_not_be_read_is_looked_at_again(dataset, monkeypatch):
     """A start before the pictures were copied must not leave rows without a size for ever."""
     lost = row_sizes(dataset, num_workers=0).tokens_R
@@ -120,13 +131,39 @@ def test_what_could_not_be_read_is_looked_at_again(dataset, monkeypatch):
     size = MultiModalDataset.size
     monkeypatch.setattr(MultiModalDataset, "size", lambda own, row: looked_at.append(row) or size(own, row))
     Image.new("RGB", (30, 20), "red").save(dataset.media_root.path / "lost.png")
-    loader = RowLoader(dataset, 1, {}, batching=Batching("packed"))
-    alone = SimpleNamespace(reduce_boolean_decision=lambda is_done: is_done, broadcast=lambda sizes: sizes)
-    agree_on_sizes(loader, SimpleNamespace(global_rank=0, ckpt_path="last.ckpt", strategy=alone))
-    assert np.array_equal(loader.sizes().tokens_R, lost) and not looked_at  # a run goes on with the packs that it began with
     found = row_sizes(dataset, num_workers=0).tokens_R
     assert looked_at == [3, 5]
     assert found[5] == len(dataset[5].tokens) and np.flatnonzero(found != lost).tolist() == [5]
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_run_goes_on_with_the_sizes_that_it_began_with(dataset, tmp_path, cache_home, is_folder):
+    """Whoever looks at the same rows meanwhile, and whatever he finds."""
+    picture, path = dataset.media_root.path / "lost.png", tmp_path / "last.ckpt"
+    first = agreed(dataset)
+    if is_folder:
+        path.mkdir()
+    checkpoint = {"SimpleNamespace": {"train": first.state_dict()}, "state_dict": {"weight": torch.rand(3)}}
+    torch.save(checkpoint, path / "meta.pt" if is_folder else path)
+    Image.new("RGB", (30, 20), "red").save(picture)
+    assert row_sizes(dataset, num_workers=0).tokens_R[5] > 0  # as `plan` does
+    other = agreed(dataset)  # another run
+    assert other.sizes().tokens_R[5] > 0
+    for _ in range(2):
+        resumed = agreed(dataset, path)
+        resumed.load_state_dict(first.state_dict())
+        assert all(np.array_equal(*pair) for pair in zip(resumed.sizes(), first.sizes(), strict=True))
+        assert [*resumed.batches] == [*first.batches]
+        picture.unlink(missing_ok=True)  # gone again
+    own = first.state_dict()["order"]["hash of the rows' sizes"]
+    (kept,) = (cache_home / "omnilit" / "sizes").glob(f"*{own}.npy")
+    kept.unlink()
+    with pytest.raises(ValueError, match=rf"a file whose name ends in {own}\.npy. Where data and options"):
+        agreed(dataset, path).load_state_dict(first.state_dict())
+    other_limits = StatefulLoader(dataset, 1, {}, shuffle=True, batching=Batching("packed", max_tokens=80))
+    other_limits.all_sizes = first.all_sizes
+    with pytest.raises(ValueError, match=r"belongs to batching.*model\.init_from$"):
+        other_limits.load_state_dict(first.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["packed", "padded"])
