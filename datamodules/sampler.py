@@ -22,7 +22,9 @@ from datamodules.row_dataset import RowKey
 log = logging.getLogger(__name__)
 
 _MOST_PLANNED = 16
-"""Epochs of a file in its order that are packed ahead, to see how many packs they need."""
+"""Epochs that are packed ahead, where they need different numbers of packs, to see how many."""
+_ROWS_PLANNED = 100_000
+"""So many rows are packed ahead at most, of epochs in random order: of more rows the number of packs hardly changes."""
 
 
 class RowSampler(Sampler[RowKey]):
@@ -161,13 +163,18 @@ class GlobalBatches(Sampler[list[RowKey]]):
         """Units of each epoch."""
         if self.batching.kind == "rows":
             return len(self.sampler)
-        needed = len(self._first_packs)
+        needed, reserve = len(self._first_packs), 0
+        if self.sampler.shuffle and self.batching.max_encoded is not None:
+            # how much packs leave empty depends on which media meet: by about the root of their number
+            for epoch in range(1, min(_ROWS_PLANNED // len(self.sampler), _MOST_PLANNED)):
+                needed = max(needed, len(self._packs(epoch)))
+            reserve = 1 + math.isqrt(needed) // 4
         shares_R = self.batching.shares(self._all_sizes())
         in_a_unit = float(shares_R[self.sampler.order(0)[:, 0].numpy()].sum()) / needed
         for epoch in range(1, min(self.sampler.cycle, _MOST_PLANNED)):
             needed = max(needed, len(self._packs(epoch)))
         # the last term is for what windows of other rows leave empty
-        most = math.ceil(self.sampler.most(shares_R) / in_a_unit - 1e-6) + needed // 500
+        most = math.ceil(self.sampler.most(shares_R) / in_a_unit - 1e-6) + needed // 500 + reserve
         return min(max(most, needed), len(self.sampler))
 
     @cached_property

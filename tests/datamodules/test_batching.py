@@ -86,6 +86,30 @@ def test_no_batch_is_larger_than_others_nor_empty_in_any_epoch(kind, weight, shu
     assert len(needed) > 1 or weight == 1.0
 
 
+@pytest.mark.parametrize("kind", ["packed", "padded"])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_no_batch_is_larger_where_the_order_settles_how_many_are_needed(kind, weight):
+    """As it does with `max_encoded`: which media meet in a batch is another one each epoch."""
+    for seed in range(6):
+        generator = np.random.default_rng(seed)
+        num_rows = int(generator.integers(60, 400))
+        encoded = np.where(generator.random(num_rows) < 0.7, generator.integers(16, 700, num_rows), 0)
+        sizes = RowSizes(generator.integers(10, (50, 160)[seed % 2], num_rows), encoded)
+        sampler = RowSampler([Portion(num_rows, weight, seed)], True, seed)
+        own = GlobalBatches(sampler, 1, 0, 1, Batching(kind, 2048, 1024), lambda sizes=sizes: sizes)
+        needed = []
+        for epoch in range(8):
+            needed.append(len(own.batching.packs(sizes.take(sampler.order(epoch)[:, 0].numpy()))))
+            units = [own._own(own._plan(epoch), batch) for batch in range(len(own))]
+            assert {len(keys) for keys in units} == {1}
+            rows = [keys[0][:, 0].numpy() for keys in units]
+            assert max(sizes.encoded_R[own].sum() for own in rows) <= 1024
+            places = [sizes.tokens_R[own] for own in rows]
+            assert max(own.sum() if kind == "packed" else own.max() * len(own) for own in places) <= 2048
+        if weight == 1.0:  # otherwise much of it is for other rows
+            assert own.num_units <= 1.1 * max(needed) + 2
+
+
 def test_as_many_packs_as_are_wanted_have_the_same_rows():
     generator = np.random.default_rng(3)
     lists = [np.array([4, 2, 0]), np.array([1]), np.array([3, 5])]
