@@ -104,8 +104,9 @@ def test_the_batch_that_stops_the_run_is_not_lost(recording_dataset: Callable[..
     finished: list[Any] = []
     with pytest.raises(ValueError, match="data.max_skipped = 0.0 allows 0"):
         finished.extend(loader)
+    state = loader.state_dict()
     mended = make_loader(recording_dataset())
-    mended.load_state_dict(loader.state_dict())
+    mended.load_state_dict(state)
     rest = list(mended)
     assert mended.row_counts()["trained"] == NUM_ROWS and sum(map(len, ids(rest))) == NUM_ROWS - 2 * len(finished)
 
