@@ -146,7 +146,7 @@ def can_pack(language_model: "LanguageModel") -> bool:
     """
     model = language_model.model
     is_tried = not is_flash(model.config.get_text_config()._attn_implementation)
-    return can_branch(language_model) if is_tried else _attends(model)
+    return language_model.takes_branches if is_tried else _attends(model)
 
 
 def _attends(model: "PreTrainedModel") -> bool:
