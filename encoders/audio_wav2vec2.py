@@ -128,7 +128,7 @@ class Wav2Vec2Encoder(AudioEncoder):
 def _norm_over_time(hidden_VCL: Tensor, lengths_V: Tensor, norm: nn.GroupNorm) -> Tensor:
     """The group norm of wav2vec 2.0, in which each channel is a group, over the first `lengths_V` places of each window."""
     is_real_V1L = (torch.arange(hidden_VCL.shape[2], device=lengths_V.device) < lengths_V[:, None])[:, None]
-    real_VCL = hidden_VCL.float().masked_fill(~is_real_V1L, 0)
+    real_VCL = hidden_VCL.to(torch.promote_types(hidden_VCL.dtype, torch.float32)).masked_fill(~is_real_V1L, 0)
     mean_VC1 = real_VCL.sum(2, keepdim=True) / lengths_V[:, None, None]
     centred_VCL = (real_VCL - mean_VC1).masked_fill(~is_real_V1L, 0)
     variance_VC1 = centred_VCL.square().sum(2, keepdim=True) / lengths_V[:, None, None]
