@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from datamodules.batch import IGNORE_INDEX, MODALITIES, Batch
 from encoders.base import Part
 from lightning_modules.idle_parts import is_idle
+from lightning_modules.loss_scale import scaler_of
 
 if TYPE_CHECKING:
     from lightning_modules.multimodal import MultiModalLitModule
@@ -68,7 +69,7 @@ class FirstStepCheck(Callback):
         module = cast("MultiModalLitModule", pl_module)
         parts = module.parts()
         # the scaled gradients of float16 overflow in the first steps; its scaler then lowers the scale
-        may_overflow = trainer.precision == "16-mixed" or module.on_non_finite == "skip"
+        may_overflow = scaler_of(trainer) is not None or module.on_non_finite == "skip"
         _raise_together(trainer, problem_of_gradients(parts, batch, may_overflow) if batch["examples"] else "")
         is_first, shut = not self._waits_for_gates, [name for name, part in parts.items() if part.is_shut]
         has_looked = bool(batch["examples"]) and (is_first or _has_media(batch))

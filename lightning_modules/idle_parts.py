@@ -6,6 +6,7 @@ from torch import Tensor
 from datamodules.batch import MODALITIES, Batch
 from encoders.base import Part
 from models.multimodal import MultiModalModel
+from models.spread import local
 
 
 def is_idle(name: str, part: Part, batch: Batch) -> bool:
@@ -48,5 +49,5 @@ def touch_idle_parts(loss: Tensor | None, model: MultiModalModel, batch: Batch) 
         batch: The batch.
     """
     weights = [weight for part in idle_parts(model, batch) for _, weight in part.own_named_parameters()]
-    zeros = [weight.flatten()[:0].sum() for weight in weights if weight.requires_grad]
+    zeros = [local(weight).flatten()[:0].sum() for weight in weights if weight.requires_grad]
     return sum(zeros, torch.zeros((), device=batch["tokens_BT"].device) if loss is None else loss)

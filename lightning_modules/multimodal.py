@@ -171,6 +171,7 @@ class MultiModalLitModule(SpreadLitModule):
         super().on_before_optimizer_step(optimizer)
         if self.zero is None:
             self.log_step(self._step_loss.divide(self.trainer, self.parameters()))
+            self.log_dict(self._step_loss.overflows.metrics(self.trainer))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Makes a step, after which an engine says whether its gradients were finite."""

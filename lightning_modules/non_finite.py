@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_modules.checkpoints import save_together
+from lightning_modules.loss_scale import scaler_of
 from lightning_modules.run_folder import CONFIG, run_folder
 from lightning_modules.run_summary import num_with_same_rows
 
@@ -56,7 +57,9 @@ class NonFiniteSteps:
         told_rows = names[0] or names[1]  # a gradient alone may be of any row of the step
         shown = ", ".join(told_rows[:8]) + (f" and {len(told_rows) - 8} more" if len(told_rows) > 8 else "")
         what = "the gradient" if math.isfinite(loss) and in_gradients else "the loss"
-        told = f"{what} of step {step:,} is not finite (loss {loss}; rows {shown or 'none'}). No weight has changed"
+        scaler = scaler_of(trainer)
+        scale = "" if scaler is None else f"loss scale {scaler.get_scale():,g}; "
+        told = f"{what} of step {step:,} is not finite (loss {loss}; {scale}rows {shown or 'none'}). No weight has changed"
         if self._num_dumps < _MOST_DUMPS:
             self._num_dumps += 1
             told += _keep(trainer, run_folder(trainer) / "non_finite" / f"step={step}.ckpt")

@@ -60,11 +60,11 @@ def parameter_groups(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
 def clip_gradients(module: LightningModule, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
     """Clips gradients as `trainer.gradient_clip_val` asks for, also those of a fused optimizer.
 
-    Lightning refuses a fused one in every mixed precision, since it may take the scale off gradients itself; in bf16-mixed they
-    have none.
+    Lightning refuses a fused one in every mixed precision, since it may take the scale off gradients itself. In bf16-mixed they
+    have none, and in 16-mixed `take_scale_off` has done it.
     """
     plugin = module.trainer.precision_plugin
-    if value and isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+    if value and isinstance(plugin, MixedPrecision):
         Precision.clip_gradients(plugin, optimizer, value, GradClipAlgorithmType(algorithm or "norm"))
     else:
         module.clip_gradients(optimizer, value, algorithm)

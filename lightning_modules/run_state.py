@@ -15,6 +15,7 @@ from torch import Tensor
 from datamodules.fingerprint import differences
 from datamodules.loading import RowDataModule
 from datamodules.processor import Processor
+from lightning_modules.loss_scale import compare_scales
 from lightning_modules.run_summary import num_with_same_rows
 from models.spread import local
 
@@ -149,6 +150,7 @@ def take_place(checkpoint: dict[str, Any], trainer: Trainer) -> Mapping[str, Any
     Returns:
         The random generators of this process, the same on all that split a model's layers between them.
     """
+    compare_scales(checkpoint, trainer)
     done: dict[str, int] = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
     # rounded up: a place that is in no batch of this run is the end of the epoch, whose last step may be of fewer batches
     batches = -(-done["processed"] * trainer.accumulate_grad_batches // checkpoint["accumulate_grad_batches"])

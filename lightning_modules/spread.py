@@ -8,13 +8,15 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 
 from datamodules.batch import Batch
+from lightning_modules.autocast import check_types
 from lightning_modules.idle_parts import touch_idle_parts, used_parts
+from lightning_modules.loss_scale import scaler_of, take_scale_off
 from lightning_modules.measuring import MeasuringLitModule
 from lightning_modules.optim import clip_gradients
 from lightning_modules.zero import ZeroStrategy
 from models.checkpoint import fingerprints
 from models.multimodal import MultiModalModel
-from models.parallel import add_up_own_heads, check_not_quantised, gather, is_sharded, parallelize
+from models.parallel import add_up_own_heads, check_not_quantised, gather, is_sharded, parallelize, release
 from models.spread import clip_norm, local
 from models.zero import LastGradients
 
@@ -55,6 +57,11 @@ class SpreadLitModule(MeasuringLitModule):
         """Whether a process has but a share of what trains, or of its gradients."""
         return self.device_mesh is not None or self.zero is not None
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the loss is scaled, for float16."""
+        return scaler_of(self.trainer) is not None
+
     def configure_model(self) -> None:
         """Makes the weights, once, and spreads them over the devices as the strategy wants.
 
@@ -69,11 +76,13 @@ class SpreadLitModule(MeasuringLitModule):
                     f"trainer.strategy is {type(self._trainer.strategy).__name__}, which is not supported: {why} "
                     "configs/strategy/fsdp.yaml, which shards weights, gradients and the state of the optimizer (as ZeRO-3)"
                 )
-        if not self.is_spread:
-            self.build_model()
-            return
-        torch.set_rng_state(self.trainer.strategy.broadcast(torch.get_rng_state()))  # each draws what the first one draws
+        if self.is_spread:
+            torch.set_rng_state(self.trainer.strategy.broadcast(torch.get_rng_state()))  # each draws what the first one draws
         self.build_model()
+        if self._trainer is not None:
+            check_types(self.model.parts(), self._trainer.precision)
+        if not self.is_spread:
+            return
         language_model = self.model.language_model
         _ = language_model.takes_branches, language_model.takes_packs  # are tried out, while the weights are whole
         if self.device_mesh is not None:
@@ -135,7 +144,12 @@ class SpreadLitModule(MeasuringLitModule):
         """The loss of a batch, with a gradient for whatever others wait for; None: it has none."""
         if not self.is_lent:
             self._used |= used_parts(self.model, batch)
-        if self.device_mesh is not None:
+        if (
+            total is None and self.is_scaled
+        ):  # a scaler leaves steps out whose last batch has no backward pass, and needs a gradient
+            release(self.model)
+            total = touch_idle_parts(None, self.model, batch)
+        elif self.device_mesh is not None:
             total = torch.zeros((), device=self.device, requires_grad=True) if total is None else total
         elif self._last_gradients is not None:
             self._last_gradients.end()
@@ -150,7 +164,8 @@ class SpreadLitModule(MeasuringLitModule):
 
         To an optimizer with a memory a gradient of 0 is not the same as none.
         """
-        if self.trainer.world_size > 1 or self.zero is not None:
+        take_scale_off(self.trainer, optimizer)
+        if self.trainer.world_size > 1 or self.zero is not None or self.is_scaled:
             parts, used, self._used = self.model.parts(), self._used, set()
             own = torch.tensor([name in used for name in parts], dtype=torch.int32, device=self.trainer.strategy.root_device)
             numbers = self.trainer.strategy.reduce(own, reduce_op="sum").tolist()

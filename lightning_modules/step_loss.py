@@ -15,6 +15,7 @@ from datamodules.batch import Batch
 from datamodules.collate import collate
 from datamodules.loading import RowDataModule
 from datamodules.step_counts import Counts
+from lightning_modules.loss_scale import Overflows, scaler_of
 from lightning_modules.non_finite import NonFiniteSteps, OnNonFinite
 from lightning_modules.zero import ZeroStrategy
 from models.spread import local
@@ -28,8 +29,8 @@ class StepLoss:
     by the step's count before they are clipped: 8 x 1 = 1 x 8, up to rounding.
 
     Where that does not serve, each batch goes backward with its share in the mean of the step, for which the data side counts
-    ahead: where the terms of a loss count different things (pairs, and tokens of chosen answers), and where an engine keeps the
-    gradients to itself (`ZeroStrategy`).
+    ahead: where the terms of a loss count different things (pairs, and tokens of chosen answers), where an engine keeps the
+    gradients to itself (`ZeroStrategy`), and where the loss is scaled for float16, which has no room for a sum.
 
     Args:
         on_non_finite: What to do with a step whose loss or gradients are not finite: no weight changes in any case.
@@ -37,8 +38,10 @@ class StepLoss:
 
     def __init__(self, on_non_finite: OnNonFinite = "stop") -> None:
         self.non_finite = NonFiniteSteps(on_non_finite)
+        self.overflows = Overflows()
         self._num_terms = 1
-        self._of_engine = False
+        self._of_engine = self._is_scaled = False
+        self._count_ahead = torch.zeros(())
         self.reset()
 
     def prepare(self, trainer: Trainer, counts: Counts) -> None:
@@ -53,11 +56,13 @@ class StepLoss:
         """
         self._num_terms = len(counts(collate([], pad_id=0)))
         self._of_engine = isinstance(trainer.strategy, ZeroStrategy)
+        self._is_scaled = scaler_of(trainer) is not None
         if not trainer.training or not self._counts_ahead:
             return
         datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
         if not isinstance(datamodule, RowDataModule):
             why = f"the loss has {self._num_terms} terms with counts of their own"
+            why = f"trainer.precision is {trainer.precision}" if self._is_scaled else why
             why = "trainer.strategy is ZeroStrategy" if self._of_engine else why
             raise ValueError(
                 f"{why}, for which the data must count ahead: take a data module of datamodules, or a subclass of RowDataModule, "
@@ -68,19 +73,21 @@ class StepLoss:
     def shares(self, batch: Batch, trainer: Trainer) -> Tensor:
         """The factor of each term's sum in a batch, so that dividing by the first count of the step gives each its mean: share_K.
 
-        Under an engine, which averages over processes, it gives each its mean without a division. The processes must meet here,
-        where the data side counts ahead. Weights that `model.reward_criteria` give to pairs are not known then: where their mean
-        in a step is m, the terms after the first are divided by m.
+        Under an engine, which averages over processes, and where the loss is scaled, it gives each its mean without a division.
+        The processes must meet here, where the data side counts ahead. Weights that `model.reward_criteria` give to pairs are not
+        known then: where their mean in a step is m, the terms after the first are divided by m.
         """
         if not self._counts_ahead:
             return torch.ones((), device=trainer.strategy.root_device)
         own_K = batch["step_counts"].expand(self._num_terms).to(trainer.strategy.root_device, copy=True)
         counts_K = trainer.strategy.reduce(own_K, reduce_op="sum")
-        return torch.where(counts_K > 0, (trainer.world_size if self._of_engine else counts_K[0]) / counts_K, 0.0)
+        self._count_ahead = counts_K[0]
+        of_mean = self._of_engine or self._is_scaled
+        return torch.where(counts_K > 0, (trainer.world_size if of_mean else counts_K[0]) / counts_K, 0.0)
 
     @property
     def _counts_ahead(self) -> bool:
-        return self._of_engine or self._num_terms > 1
+        return self._of_engine or self._is_scaled or self._num_terms > 1
 
     def reset(self) -> None:
         """Begins a new step."""
@@ -117,7 +124,7 @@ class StepLoss:
             parameters: What may have gradients. A step that is skipped leaves them none, so that the optimizer does nothing.
 
         Returns:
-            The mean loss of the step, or None where nothing was added, or it is skipped.
+            The mean loss of the step, or None where nothing was added, or it is skipped for more than an overflow.
 
         Raises:
             ValueError: The loss or a gradient is not finite, on this process or another. No weight has changed.
@@ -128,8 +135,8 @@ class StepLoss:
         if count is None:
             for parameter in trained:
                 parameter.grad = None
-        elif count:
-            torch._foreach_mul_(gradients, trainer.world_size / count)
+        elif count:  # where the loss is scaled, they are those of the mean already, unless rows have weights
+            torch._foreach_mul_(gradients, self._count_ahead / count if self._is_scaled else trainer.world_size / count)
         return loss
 
     def end(self, trainer: Trainer, was_applied: bool) -> Tensor | None:
@@ -151,22 +158,21 @@ class StepLoss:
         """What `divide` returns, and the step's first count over all processes; None: it is not finite, and left out."""
         nothing = torch.zeros(2, self._num_terms, device=trainer.strategy.root_device)
         sums = torch.stack([nothing, *self._sums]).sum(0).flatten()
-        # the gradients of float16 overflow now and then: its scaler sees that, and leaves the step out
-        broken = sums.new_zeros(1) if trainer.precision == "16-mixed" else num_broken.to(sums)
         # one exchange, and one look at the device, for the whole step
-        *numbers, in_gradients = trainer.strategy.reduce(torch.cat([sums, broken]), reduce_op="sum").tolist()
+        *numbers, in_gradients = trainer.strategy.reduce(torch.cat([sums, num_broken.to(sums)]), reduce_op="sum").tolist()
         totals, counts = numbers[: self._num_terms], numbers[self._num_terms :]
         loss = sum(total / (count or 1.0) for total, count in zip(totals, counts, strict=True))
         is_finite = math.isfinite(loss) and not in_gradients
-        if not is_finite:
+        is_overflow = math.isfinite(loss) and not is_finite and self.overflows.explain(trainer)
+        if not is_finite and not is_overflow:
             pairs = zip(self._rows, self._sums, strict=True)
             of_loss = [rows for rows, sums in pairs if not bool(torch.isfinite(sums[0]).all())]
             self.non_finite.refuse(trainer, loss, in_gradients > 0, sum(of_loss, []), sum(self._rows, []))
-        elif counts[0]:
+        elif counts[0] and is_finite:
             self.non_finite.passed()
         self.reset()
         count = counts[0] if is_finite else None
-        return sums.new_tensor(loss) if count else None, count
+        return sums.new_tensor(loss) if count or is_overflow else None, count
 
 
 def _num_broken(gradients: Sequence[Tensor]) -> Tensor:

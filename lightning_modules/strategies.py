@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_modules.checkpoints import CannotSaveError
+from lightning_modules.loss_scale import scaler_of
 from lightning_modules.run_folder import cannot_write
 from models.manifest import Manifest, discard, fault, file_sums, publish, temporary_name
 from models.spread import are_mixed, spread_like, whole
@@ -72,9 +73,16 @@ class ShardedStrategy(ModelParallelStrategy):
         """Makes the optimizer, where it takes the weights one by one if it has to.
 
         Raises:
-            ValueError: It would take all at a time, of which some are split and others not.
+            ValueError: It would take all at a time, of which some are split and others not, or their scaler would.
         """
         super().setup_optimizers(trainer)
+        trained = [weight for optimizer in self.optimizers for group in optimizer.param_groups for weight in group["params"]]
+        if scaler_of(trainer) is not None and are_mixed(trained):
+            raise ValueError(
+                f"trainer.precision is {trainer.precision}, whose scaler looks at all gradients at a time, and with "
+                f"tensor_parallel_size {self._tensor_parallel_size} some are split and others not: take bf16-mixed or 32-true, "
+                "or set tensor_parallel_size to 1"
+            )
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             at_a_time = next((option for option in ("fused", "foreach") if group.get(option)), None)
             if at_a_time and are_mixed(group["params"]):

@@ -74,6 +74,14 @@ def gather(model: MultiModalModel) -> None:
         model.unshard()
 
 
+def release(model: MultiModalModel) -> None:
+    """Gives back what `gather` has gathered for a forward pass that is not made."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def is_sharded(model: MultiModalModel) -> bool:
     """Whether processes wait for each other in each forward pass, and so must make equally many."""
     return has_shares(model.language_model.decoder_layers[0])

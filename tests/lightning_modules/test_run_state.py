@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import Strategy
 
 from lightning_modules.checkpoints import RunCheckpoint
@@ -102,9 +103,8 @@ def test_groups_of_processes_take_the_generators_of_groups(
     for rank, state in enumerate(expected):
         progress = {"fit_loop": {"epoch_loop.batch_progress": {"current": {"processed": 0}}}}
         checkpoint = {"loops": progress, "accumulate_grad_batches": 1, "rng": list(range(saved))}
-        trainer: Any = SimpleNamespace(
-            world_size=processes, global_rank=rank, distributed_sampler_kwargs=replicas, accumulate_grad_batches=1
-        )
+        place = {"world_size": processes, "global_rank": rank, "distributed_sampler_kwargs": replicas}
+        trainer: Any = SimpleNamespace(**place, accumulate_grad_batches=1, precision_plugin=Precision())
         assert take_place(checkpoint, trainer) == state
     assert any(f"is of {saved} process(es)" in str(warning.message) for warning in recwarn.list) == (
         saved != processes // together
