@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 
 from datamodules.batch import Batch
-from lightning_modules.autocast import check_types
+from lightning_modules.autocast import check_trained, check_types
 from lightning_modules.idle_parts import touch_idle_parts, used_parts
 from lightning_modules.loss_scale import scaler_of, take_scale_off
 from lightning_modules.measuring import MeasuringLitModule
@@ -81,6 +81,8 @@ class SpreadLitModule(MeasuringLitModule):
         self.build_model()
         if self._trainer is not None:
             check_types(self.model.parts(), self._trainer.precision)
+            if self._trainer.training:
+                check_trained(self.model.parts(), self._trainer.precision)
         if not self.is_spread:
             return
         language_model = self.model.language_model
@@ -144,9 +146,8 @@ class SpreadLitModule(MeasuringLitModule):
         """The loss of a batch, with a gradient for whatever others wait for; None: it has none."""
         if not self.is_lent:
             self._used |= used_parts(self.model, batch)
-        if (
-            total is None and self.is_scaled
-        ):  # a scaler leaves steps out whose last batch has no backward pass, and needs a gradient
+        if total is None and self.is_scaled:
+            # a scaler leaves steps out whose last batch has no backward pass, and needs a gradient
             release(self.model)
             total = touch_idle_parts(None, self.model, batch)
         elif self.device_mesh is not None:
