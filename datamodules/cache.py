@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import os
-import time
 import uuid
 import zlib
 from collections.abc import Mapping
@@ -15,10 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from datamodules.abandoned import is_abandoned
 
-ABANDONED_SECONDS = 3600
-"""An unfinished file of that age belongs to a writer that was killed."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ class TensorCache:
                     status = item.stat()
                     if not item.name.startswith("."):
                         files.append(_File(status.st_mtime_ns, status.st_size, Path(item.path)))
-                    elif time.time() - status.st_mtime > ABANDONED_SECONDS:
+                    elif is_abandoned(status):
                         Path(item.path).unlink()
         return files
 

@@ -3,6 +3,7 @@
 Shape suffixes: L lines of a block, R rows, S = R + 1 boundaries of rows, K blank lines.
 """
 
+import glob
 import hashlib
 import mmap
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from datamodules.abandoned import sweep_abandoned
 
 BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 20
@@ -56,7 +59,8 @@ def open_index(path: Path, data: mmap.mmap, stamp: Stamp) -> Index:
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
-    places = (path.with_name(f"{path.name}.idx"), cache / "omnilit" / "jsonl" / f"{digest}.idx")
+    beside, of_user = path.with_name(f"{path.name}.idx"), cache / "omnilit" / "jsonl" / f"{digest}.idx"
+    places = (beside, of_user)
     for place in places:
         index = _load_index(place, stamp)
         if index is not None:
@@ -65,6 +69,7 @@ def open_index(path: Path, data: mmap.mmap, stamp: Stamp) -> Index:
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
+            sweep_abandoned(place.parent, f"{glob.escape(place.name)}.*-*.tmp" if place is beside else "*.idx.*-*.tmp")
             _write_index(place, data, stamp)
         except OSError as error:
             failures.append(f"{place} ({error.strerror})")

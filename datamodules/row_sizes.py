@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.abandoned import sweep_abandoned
 from datamodules.answer_examples import answer_example
 from datamodules.answer_rows import answer_rows
 from datamodules.batch import MODALITIES, Example, RowError
@@ -178,6 +179,7 @@ class _Look:
 
 def _write(path: Path, sizes_4R: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_abandoned(path.parent, "*.npy.*.tmp")
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from datamodules.cache import ABANDONED_SECONDS, CacheOptions, TensorCache
+from datamodules.abandoned import ABANDONED_SECONDS
+from datamodules.cache import CacheOptions, TensorCache
 from datamodules.cache_keys import hash_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
