@@ -20,6 +20,8 @@ _HASH, _ROWS = "hash of", "rows that were looked at"
 NUM_LOOKED_AT, _MENDED, _DIGITS = 32, 0.75, 4
 """Rows of a source by which a file with rows that were mended is told from other data, the largest share of
 such rows, and digits of the hash of each."""
+_PACKING, _WAY_OF_PACKING = "way of packing", 2
+"""Counts up when the same options give other packs, or the same in another order. The first checkpoints have none."""
 SIZES = f"{_HASH} the rows' sizes"
 """Under this name the order has `hash_of_sizes`."""
 
@@ -49,7 +51,7 @@ def data_order(
         order[f"{_ROWS}{of_source}"] = f"{source.file.sha256[:16]} {_looked_at(source)}"
     order["batch_size x processes x accumulate_grad_batches"] = batches.step_size
     if batches.batching.kind != "rows":
-        order["batching"] = str(batches.batching)
+        order["batching"], order[_PACKING] = str(batches.batching), _WAY_OF_PACKING
         order[SIZES] = hash_of_sizes(sizes())
     return {**order, "shuffle": batches.sampler.shuffle, "seed": batches.sampler.seed}
 
@@ -62,15 +64,22 @@ def check_order(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     Raises:
         ValueError: They differ.
     """
+    if "batching" in saved and "batching" in now and saved.get(_PACKING) != now[_PACKING]:
+        raise ValueError(
+            "the checkpoint was written by a version of OmniLit that puts rows together in another way, so that its place in the "
+            "training data is none in the batches of this one: go on with that version, or start a new run from its weights with "
+            "--model.init_from, in another run folder and without --ckpt_path"
+        )
     unknown = [name for name in now if name.startswith((_HASH, _ROWS)) and name not in saved]
-    names = [name for name in dict.fromkeys([*saved, *now]) if name not in unknown]
+    names = [name for name in dict.fromkeys([*saved, *now]) if name not in (*unknown, _PACKING)]
     for name in [name for name in names if name.startswith(_ROWS) and name in saved and name in now]:
-        (file, rows), (own_file, own_rows) = (str(order[name]).split() for order in (saved, now))
+        (file, _, rows), (own_file, _, own_rows) = (str(order[name]).partition(" ") for order in (saved, now))
         number = len(rows) // _DIGITS
-        others = sum(rows[place : place + _DIGITS] != own_rows[place : place + _DIGITS] for place in range(0, len(rows), _DIGITS))
-        if file == own_file:
+        if file == own_file or not (rows or own_rows):  # nothing is taken from a source without rows, whatever its file
             names.remove(name)
-        elif len(rows) == len(own_rows) and others <= _MENDED * number:
+            continue
+        others = sum(rows[place : place + _DIGITS] != own_rows[place : place + _DIGITS] for place in range(0, len(rows), _DIGITS))
+        if len(rows) == len(own_rows) and others <= _MENDED * number:
             names.remove(name)
             log.warning(
                 "the file of training data is another than when the checkpoint was written: %d of %d %s have changed. The run "

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from datamodules.batching import Batching
+from datamodules.data_order import check_order
 from datamodules.dataset import MultiModalDataset
 from datamodules.jsonl import JsonlFile
 from datamodules.loader import StatefulLoader
@@ -106,6 +108,38 @@ def test_a_checkpoint_that_does_not_say_is_taken_with_a_warning(
     with caplog.at_level(logging.WARNING):
         loader(rows).load_state_dict(state)
     assert "from before a hash of prompt_template and split, rows that were looked at was kept: it is not checked" in caplog.text
+
+
+def test_packs_of_another_version_are_refused_with_what_can_be_done(
+    loader: Loader, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = RowSizes(np.full(7, 20, np.int32), np.full(7, 2, np.int32))
+    monkeypatch.setattr("datamodules.loader.row_sizes", lambda *arguments: sizes)
+    options = Batching("packed", max_tokens=64)
+    packed, single = {"batching": options, "batch_size": 1}, {"batch_size": 1}
+    state = loader(rows, **packed).state_dict()
+    batching = re.escape(str(options))
+    with pytest.raises(ValueError, match=rf"belongs to batching {batching} \(now None\), hash of the rows' sizes"):
+        loader(rows, **single).load_state_dict(state)
+    with pytest.raises(ValueError, match=rf"belongs to batching None \(now {batching}\): a run is resumed"):
+        loader(rows, **packed).load_state_dict(loader(rows, **single).state_dict())
+    monkeypatch.setattr("datamodules.data_order._WAY_OF_PACKING", 3)
+    before = {name: value for name, value in state["order"].items() if name != "way of packing"}
+    for order in (state["order"], before):
+        with pytest.raises(ValueError, match=r"OmniLit that puts rows together .* from its weights with --model.init_from"):
+            loader(rows, **packed).load_state_dict({**state, "order": order})
+
+
+def test_a_source_without_rows_has_none_that_changed(caplog: pytest.LogCaptureFixture) -> None:
+    def order(file: str, rows: str) -> dict[str, Any]:
+        return {"rows that were looked at of clips": f"{file} {rows}"}
+
+    check_order(order("01", ""), order("01", ""))
+    check_order(order("01", ""), order("02", ""))
+    for saved, now in (("", "0123"), ("0123", "")):
+        with pytest.raises(ValueError, match="belongs to rows that were looked at of clips 01"):
+            check_order(order("01", saved), order("02", now))
+    assert not caplog.records
 
 
 def test_the_state_of_many_rows_is_small(
