@@ -16,10 +16,9 @@ from datamodules.cache import CacheOptions
 from datamodules.collate import Collate
 from datamodules.data_order import check_order, data_order
 from datamodules.judgements import Judgements
-from datamodules.packing import RowSizes
 from datamodules.portion import Portion
 from datamodules.row_dataset import RowDataset
-from datamodules.row_sizes import row_sizes
+from datamodules.row_sizes import SizesOnce
 from datamodules.sampler import GlobalBatches, RowSampler
 from datamodules.score_ranges import ENOUGH
 from datamodules.skipped import SkippedRows
@@ -78,7 +77,7 @@ class RowLoader:
         self.skipped = skipped
         self.num_workers = num_workers
         self.media_cache = media_cache
-        self.all_sizes: RowSizes | None = None
+        self.sizes = SizesOnce(dataset, num_workers)
         weights = weights or {}
         self.portions = {s.name: Portion(len(s), weights.get(s.name, 1.0), s.seed) for s in dataset.sources}
         self.rows = RowSampler(list(self.portions.values()), shuffle, seed)
@@ -86,12 +85,6 @@ class RowLoader:
         self.counts: Counter[str] = Counter()
         self._loader: DataLoader[Batch] | None = None
         self._next_report = 1
-
-    def sizes(self) -> RowSizes:
-        """The sizes of all rows; they are looked at when this is first asked."""
-        if self.all_sizes is None:
-            self.all_sizes = row_sizes(self.dataset, self.num_workers)
-        return self.all_sizes
 
     def __len__(self) -> int:
         return len(self.batches)

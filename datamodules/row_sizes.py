@@ -89,6 +89,31 @@ def row_sizes(dataset: "RowDataset", num_workers: int) -> RowSizes:
     return _of_all(looks)
 
 
+class SizesOnce:
+    """The sizes of all rows of a dataset; they are looked at when they are first asked for, or told before that.
+
+    It is no method of the loader: one that holds itself so is only freed by the garbage collector, which ends the feeding of its
+    workers first, so that they do not hear that they are to stop, and are waited for 5 seconds each.
+
+    Args:
+        dataset: The rows.
+        num_workers: Processes that read the headers; 0: this one does it.
+
+    Attributes:
+        known: The sizes; None: nobody has asked yet.
+    """
+
+    def __init__(self, dataset: "RowDataset", num_workers: int) -> None:
+        self.dataset = dataset
+        self.num_workers = num_workers
+        self.known: RowSizes | None = None
+
+    def __call__(self) -> RowSizes:
+        if self.known is None:
+            self.known = row_sizes(self.dataset, self.num_workers)
+        return self.known
+
+
 def agree_on_sizes(loader: "RowLoader", trainer: "L.Trainer | None") -> None:
     """Lets the first process look at the sizes that a loader needs, and tells them to the others, which plan the same with them.
 
@@ -113,7 +138,7 @@ def agree_on_sizes(loader: "RowLoader", trainer: "L.Trainer | None") -> None:
         kept = _place_of_run(sources, hash_of_sizes(sizes))
         if not kept.is_file():
             _write(kept, np.concatenate([look.sizes_4R for look in looks], axis=1))
-    loader.all_sizes = trainer.strategy.broadcast(sizes)
+    loader.sizes.known = trainer.strategy.broadcast(sizes)
 
 
 def _begun_with(sources: "Sequence[MultiModalDataset]", trainer: "L.Trainer") -> RowSizes | None:

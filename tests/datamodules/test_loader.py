@@ -1,5 +1,7 @@
+import gc
 import json
 import multiprocessing
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from datamodules.batching import Batching
 from datamodules.loader import Progress, RowLoader, StatefulLoader
 from datamodules.skipped import SkippedRows
 from tests.datamodules.loader_fakes import RecordingDataset, epochs, ids, make_loader, same, take
@@ -95,6 +98,21 @@ def test_workers_stay_until_they_are_stopped(recording_dataset: Callable[..., Re
     assert workers() == set()
     assert len(list(loader)) == 4 and len(workers()) == 2
     loader.stop_workers()
+
+
+def test_a_loader_that_is_dropped_is_freed_at_once(recording_dataset: Callable[..., RecordingDataset]) -> None:
+    """And ends its workers: those of one that waits for the garbage collector are not told to end, and take 5 seconds each."""
+    for batching in (Batching(), Batching("packed", max_tokens=80)):
+        loader = make_loader(recording_dataset(), batching=batching)
+        next(iter(loader))
+        loader.state_dict()
+        dropped = weakref.ref(loader)
+        gc.disable()
+        try:
+            del loader
+            assert dropped() is None
+        finally:
+            gc.enable()
 
 
 def test_ranks_share_the_rows(recording_dataset: Callable[..., RecordingDataset]) -> None:

@@ -161,7 +161,7 @@ def test_a_run_goes_on_with_the_sizes_that_it_began_with(dataset, tmp_path, cach
     with pytest.raises(ValueError, match=rf"a file whose name ends in {own}\.npy. Where data and options"):
         agreed(dataset, path).load_state_dict(first.state_dict())
     other_limits = StatefulLoader(dataset, 1, {}, shuffle=True, batching=Batching("packed", max_tokens=80))
-    other_limits.all_sizes = first.all_sizes
+    other_limits.sizes.known = first.sizes.known
     with pytest.raises(ValueError, match=r"belongs to batching.*model\.init_from$"):
         other_limits.load_state_dict(first.state_dict())
 
