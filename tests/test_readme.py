@@ -1,11 +1,13 @@
 """The README's commands run, and its figures and links are true."""
 
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,11 +31,23 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: str, folder: Path) -> str:
-    words = shlex.split(command)
-    assert words[0] == "python", command
+def run(commands: Sequence[str], folder: Path) -> list[str]:
+    """Runs commands one after the other; returns what they say on stdout."""
+    programs = [command.removeprefix("python ") for command in commands]
+    warm = [sys.executable, "-m", "tests.warm", *programs]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(warm, cwd=folder, capture_output=True, text=True, env=environment, check=True)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert results[-1]["code"] == 0, f"{results[-1]['command']}\n{results[-1]['stderr'][-3000:]}"
+    assert [result["command"] for result in results] == programs
+    return [result["stdout"] for result in results]
+
+
+def run_alone(command: str, folder: Path) -> str:
+    """Runs a command as a researcher does; returns what it says on stdout."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, *shlex.split(command)[1:]]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -52,19 +66,41 @@ def test_every_link_and_path_exists() -> None:
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
-def test_the_python_commands_run_one_after_the_other(clone: Path) -> None:
+def python_commands() -> list[str]:
     commands = [command for command in COMMANDS if not command.startswith((*SHELL, "make "))]
     assert any("fit --config configs/sft/tiny.yaml" in command for command in commands)
-    for command in commands:
-        if any(recipe in command for recipe in NEEDS_THE_HUB):
-            command += " --print_config"
-        output = run(command, clone)
-        if "deployment.ask" in command:
-            assert output.strip() == "blue"
+    assert all(command.startswith("python ") for command in commands)
+    return [f"{command} --print_config" if any(name in command for name in NEEDS_THE_HUB) else command for command in commands]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
-def test_a_benchmark_starts_as_the_readme_starts_it(path: Path) -> None:
-    assert f"python benchmarks/{path.name}" in README
-    done = subprocess.run([sys.executable, str(path), "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def check_answers(commands: Sequence[str], outputs: Sequence[str]) -> None:
+    answers = [output.strip() for command, output in zip(commands, outputs, strict=True) if "deployment.ask" in command]
+    assert answers == ["blue"]
+
+
+def test_the_python_commands_run_one_after_the_other(clone: Path) -> None:
+    commands = python_commands()
+    check_answers(commands, run(commands, clone))
+
+
+@pytest.mark.slow
+def test_each_python_command_runs_in_a_process_of_its_own(clone: Path) -> None:
+    """Which finds nothing imported."""
+    shutil.rmtree(clone / "runs", ignore_errors=True)
+    commands = python_commands()
+    check_answers(commands, [run_alone(command, clone) for command in commands])
+
+
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+
+
+def test_the_benchmarks_start_as_the_readme_starts_them(clone: Path) -> None:
+    commands = [f"python benchmarks/{path.name} --help" for path in BENCHMARKS]
+    assert not [command for command in commands if command.removesuffix(" --help") not in README]
+    assert all(output.startswith("usage: ") for output in run(commands, clone))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_a_benchmark_starts_in_a_process_of_its_own(path: Path, clone: Path) -> None:
+    assert run_alone(f"python benchmarks/{path.name} --help", clone).startswith("usage: ")
