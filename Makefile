@@ -1,11 +1,15 @@
 # Each target sets up what it needs in .venv, once. `make demo`, `make demo-dpo`, `make test`, `make test-slow`, `make test-all`,
 # `make lint types`.
 #
+# WORKERS processes share the tests.
+#
 # PIP_ARGS goes to pip. On a Linux machine without an NVIDIA GPU it saves some 4 GB to name PyTorch's CPU wheel index
 # (its address is on pytorch.org's install page):  make demo PIP_ARGS="--extra-index-url <CPU wheel index>"
 PYTHON ?= python3
 PIP_ARGS ?=
+WORKERS ?= 2
 BIN := .venv/bin
+PYTEST = GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo demo-dpo test test-slow test-all lint types clean
 
@@ -16,7 +20,7 @@ demo-dpo: .venv/.demo
 	GOMP_SPINCOUNT=0 $(BIN)/python -m demo.dpo  # goes on from what `make demo` trained
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -m "not slow and not real"
+	$(PYTEST) -m "not slow and not real"
 
 test-slow: .venv/.dev .venv/.demo .venv/.parity .venv/.deepspeed
 	$(BIN)/python -m pytest -m "slow or real"

@@ -6,7 +6,7 @@ each position and no two tokens come near a tie.
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,20 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed says on stdout that it finds no other
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """What a worker of `pytest -n` tells: rows that are not UTF-8, which tests have, cannot be sent as they are."""
+    return _sendable((yield))
+
+
+def _sendable(told: Any) -> Any:
+    if isinstance(told, dict):
+        return {name: _sendable(value) for name, value in told.items()}
+    if isinstance(told, (list, tuple)):
+        return [_sendable(value) for value in told]
+    return told.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(told, str) else told
 
 
 @pytest.fixture(scope="session")
