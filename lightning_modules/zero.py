@@ -229,6 +229,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         from deepspeed.utils import safe_get_full_fp32_param
 
         module: Any = self.lightning_module
+        self.model_to_device()  # where they exchange tensors, and from where Lightning takes it when a fit is over
         state, weights = module.model.state_dict(), dict(module.model.named_parameters(remove_duplicate=False))
         held: dict[str, Any] = {}
         for name in sorted(module.saved_names()):

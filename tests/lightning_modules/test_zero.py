@@ -13,7 +13,7 @@ import torch
 from encoders.tuning import Tune
 from lightning_modules import zero as zero_module
 from lightning_modules.callbacks import FirstStepCheck, PartTable, RunSummary, Throughput
-from lightning_modules.checkpoints import CheckpointFile
+from lightning_modules.checkpoints import CheckpointFile, RunCheckpoint
 from lightning_modules.dpo import DPOLitModule
 from lightning_modules.multimodal import MultiModalLitModule
 from lightning_modules.samples import SamplePage
@@ -98,6 +98,33 @@ def test_a_run_goes_on_with_another_strategy(train: Callable[..., None], tmp_pat
     if first == then:
         assert all(identical(whole[name], resumed[name]) for name in ("state_dict", "optimizer_states", "lr_schedulers"))
     assert whole["optimizer_states"][0]["state"].keys() == resumed["optimizer_states"][0]["state"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("deepspeed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_that_is_over_can_be_saved_by_hand(
+    tiny_llm: Path, tiny_clip: Path, tiny_whisper: Path, tmp_path: Path, stage: int
+) -> None:
+    """On a GPU Lightning has moved the model away by then, which here stays where it is: it is brought back in any case."""
+    rows = write_media_rows(tmp_path / "rows.jsonl", ("i", "", "va", "i"))
+
+    def run(folder: Path, options: dict[str, Any]) -> None:
+        torch.manual_seed(4)
+        module, strategy, moves = make_all(tiny_llm, tiny_clip, tiny_whisper), options["strategy"], []
+        checkpoint = RunCheckpoint(every_n_train_steps=1)
+        trainer = make_trainer(folder, checkpoint, plugins=[CheckpointFile()], **options)
+        trainer.fit(module, make_data(module, rows, batch_size=1))
+        move = strategy.model_to_device
+        strategy.model_to_device = lambda: moves.append(move())
+        trainer.save_checkpoint(folder / "by_hand.ckpt")
+        assert moves and trainer.global_step == 2
+
+    assert in_two_processes(run, tmp_path / "two", strategy=partial(zero, stage=stage)) == [0, 0]
+    names = ("by_hand.ckpt", "checkpoints/last.ckpt")
+    by_hand, last = (torch.load(tmp_path / "two" / name, weights_only=True) for name in names)
+    for name in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        assert identical(by_hand[name], last[name]), name
 
 
 @pytest.mark.slow
