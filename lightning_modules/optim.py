@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from encoders.base import Part
+from models.flat_layer import shape_of
 
 NO_DECAY = "/no_decay"
 """Ends the names of groups whose weights do not decay."""
@@ -43,7 +44,7 @@ def parameter_groups(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
                 is_bias = path.rsplit(".", 1)[-1] == "bias"
-                (no_decay if is_bias or parameter.ndim <= 1 else decay).append(parameter)
+                (no_decay if is_bias or len(shape_of(parameter)) <= 1 else decay).append(parameter)
         own = {} if part.tune.lr is None else {"lr": part.tune.lr}
         if decay:
             groups.append({"name": name, "params": decay, **own})

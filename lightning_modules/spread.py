@@ -9,12 +9,14 @@ from torch import Tensor
 
 from datamodules.batch import Batch
 from lightning_modules.autocast import check_trained, check_types
+from lightning_modules.flat_shards import FlatShardedStrategy
 from lightning_modules.idle_parts import touch_idle_parts, used_parts
 from lightning_modules.loss_scale import scaler_of, take_scale_off
 from lightning_modules.measuring import MeasuringLitModule
 from lightning_modules.optim import clip_gradients
 from lightning_modules.zero import ZeroStrategy
 from models.checkpoint import fingerprints
+from models.flat import average
 from models.multimodal import MultiModalModel
 from models.parallel import add_up_own_heads, check_not_quantised, gather, is_sharded, parallelize, release
 from models.spread import clip_norm, local
@@ -24,14 +26,14 @@ _REFUSED = {
     DeepSpeedStrategy: "its steps are not divided by their tokens, and its checkpoints are pickles, which only as many processes "
     "read. Take configs/strategy/deepspeed_zero2.yaml, or",
     FSDPStrategy: "it does not clip gradients by their norm, and its processes wait in vain for one whose rows have other media. "
-    "Take",
+    "Take lightning_modules.flat_shards.FlatShardedStrategy, which is made of it, or",
 }
 """Strategies that change what a step is, and how."""
 
 
 class SpreadLitModule(MeasuringLitModule):
-    """A module whose model may be sharded or split (`models.parallel`), as `ShardedStrategy` says, or trained by an engine that
-    keeps gradients and the optimizer's state in shares (`ZeroStrategy`).
+    """A module whose model may be sharded or split (`models.parallel`), as `ShardedStrategy` says, or in flat shards
+    (`FlatShardedStrategy`), or trained by an engine that keeps gradients and the optimizer's state in shares (`ZeroStrategy`).
 
     Where layers are sharded a process takes part in the gathering of each layer, so all must run them equally often, whatever
     rows each of them has: `meet` and `agree` see to that.
@@ -53,9 +55,14 @@ class SpreadLitModule(MeasuringLitModule):
         return strategy if isinstance(strategy, ZeroStrategy) else None
 
     @property
+    def is_flat(self) -> bool:
+        """Whether the strategy is the one by which torch's first FSDP has flat shards."""
+        return self._trainer is not None and isinstance(self._trainer.strategy, FlatShardedStrategy)
+
+    @property
     def is_spread(self) -> bool:
         """Whether a process has but a share of what trains, or of its gradients."""
-        return self.device_mesh is not None or self.zero is not None
+        return self.device_mesh is not None or self.zero is not None or self.is_flat
 
     @property
     def is_scaled(self) -> bool:
@@ -71,7 +78,7 @@ class SpreadLitModule(MeasuringLitModule):
         if self.model.is_built:
             return
         for kind, why in _REFUSED.items():
-            if self._trainer is not None and isinstance(self._trainer.strategy, kind) and not self.zero:
+            if self._trainer is not None and isinstance(self._trainer.strategy, kind) and not self.zero and not self.is_flat:
                 raise ValueError(
                     f"trainer.strategy is {type(self._trainer.strategy).__name__}, which is not supported: {why} "
                     "configs/strategy/fsdp.yaml, which shards weights, gradients and the state of the optimizer (as ZeRO-3)"
@@ -89,6 +96,8 @@ class SpreadLitModule(MeasuringLitModule):
         _ = language_model.takes_branches, language_model.takes_packs  # are tried out, while the weights are whole
         if self.device_mesh is not None:
             parallelize(self.model, self.device_mesh)
+        elif self.is_flat:
+            check_not_quantised(self.model)
         elif self.zero is not None and (self.trainer.training or self.zero.stage == 3):
             check_not_quantised(self.model)
             self._last_gradients = LastGradients(self.model, self.zero.stage == 3)
@@ -150,7 +159,7 @@ class SpreadLitModule(MeasuringLitModule):
             # a scaler leaves steps out whose last batch has no backward pass, and needs a gradient
             release(self.model)
             total = touch_idle_parts(None, self.model, batch)
-        elif self.device_mesh is not None:
+        elif self.device_mesh is not None or self.is_flat:
             total = torch.zeros((), device=self.device, requires_grad=True) if total is None else total
         elif self._last_gradients is not None:
             self._last_gradients.end()
@@ -167,6 +176,8 @@ class SpreadLitModule(MeasuringLitModule):
         """
         take_scale_off(self.trainer, optimizer)
         if self.trainer.world_size > 1 or self.zero is not None or self.is_scaled:
+            if self.is_flat:
+                average(self.parameters())
             parts, used, self._used = self.model.parts(), self._used, set()
             own = torch.tensor([name in used for name in parts], dtype=torch.int32, device=self.trainer.strategy.root_device)
             numbers = self.trainer.strategy.reduce(own, reduce_op="sum").tolist()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from models.flat_layer import cut_of
 from models.language import LanguageModel
 from models.multimodal import MultiModalModel
 from models.spread import has_shares, is_spread, local
@@ -63,7 +64,7 @@ def shard(model: MultiModalModel, mesh: DeviceMesh) -> None:
     kept = {weight for weight in model.parameters() if not weight.requires_grad and weight not in inside}
     fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=kept)
     register_fsdp_forward_method(model, "generate")
-    layers[0].register_forward_pre_hook(_Reach(model), prepend=True, with_kwargs=True)
+    layers[0].register_forward_pre_hook(Reach(model), prepend=True, with_kwargs=True)
 
 
 def gather(model: MultiModalModel) -> None:
@@ -87,7 +88,7 @@ def is_sharded(model: MultiModalModel) -> bool:
     return has_shares(model.language_model.decoder_layers[0])
 
 
-class _Reach:
+class Reach:
     """The hook of the first layer: adds 0 to what enters it, with a gradient of 0 for all that trains outside of the layers.
 
     So each process offers gradients of the same weights in the same order, whatever media its rows have.
@@ -98,7 +99,9 @@ class _Reach:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden_BTD: Tensor = args[0] if args else kwargs["hidden_states"]
-        weights = [weight for weight in self.model.parameters() if weight.requires_grad and not is_spread(weight)]
+        weights = [
+            weight for weight in self.model.parameters() if weight.requires_grad and not is_spread(weight) and not cut_of(weight)
+        ]
         hidden_BTD = sum((weight.flatten()[:0].sum().to(hidden_BTD.dtype) for weight in weights), hidden_BTD)
         return ((hidden_BTD, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_BTD})
 

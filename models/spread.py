@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from models.flat_layer import FlatLayer
+
 
 def is_spread(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a process holds only its share of a tensor."""
@@ -16,10 +18,10 @@ def is_spread(tensor: Tensor) -> TypeGuard[DTensor]:
 
 
 def has_shares(layer: nn.Module) -> bool:
-    """Whether a process holds only shares of the weights of a layer, which are gathered while it runs: FSDP2's or DeepSpeed's."""
+    """Whether a process holds only shares of the weights of a layer, gathered while it runs: by torch's FSDPs or DeepSpeed."""
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(layer, FSDPModule) or any("ds_tensor" in vars(weight) for weight in layer.parameters())
+    return isinstance(layer, FSDPModule | FlatLayer) or any("ds_tensor" in vars(weight) for weight in layer.parameters())
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from models.flat_layer import shape_of
+
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
@@ -73,7 +75,7 @@ def settle_quantised(model: nn.Module) -> None:
 def num_weights(parameter: nn.Parameter) -> int:
     """How many weights a parameter stands for: NF4 packs two into a byte, and of a share there may be none here."""
     state = vars(parameter).get("quant_state")  # of bitsandbytes
-    number: int = vars(parameter).get("ds_numel", parameter.numel())  # of DeepSpeed's stage 3
+    number: int = vars(parameter).get("ds_numel", shape_of(parameter).numel())  # of DeepSpeed's stage 3
     return number if state is None else math.prod(state.shape)
 
 

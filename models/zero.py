@@ -79,6 +79,6 @@ def check_whole(model: MultiModalModel) -> None:
     """
     if is_sharded(model):
         raise ValueError(
-            "the weights of this module have been cut into shares by an earlier fit or evaluation under ZeRO-3, and then neither "
+            "the weights of this module have been cut into shares by an earlier fit or evaluation, and then neither "
             "begin to train nor take up a checkpoint: make a new module for that"
         )

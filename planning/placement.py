@@ -11,8 +11,10 @@ from jsonargparse import Namespace
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import nn
 
+from lightning_modules.flat_shards import FlatPrecision, FlatShardedStrategy
 from lightning_modules.strategies import ShardedStrategy
 from lightning_modules.zero import ZeroPrecision, ZeroStrategy
+from models.flat import Sharding, main_kind
 from models.parallel import check_not_quantised, tensor_plan
 from planning.outline import Outline
 from planning.precision import precision_of
@@ -27,6 +29,7 @@ class Placement:
         replicas: Devices, or groups of these, that read rows of their own.
         split: Devices of a group, which split each layer between them (tensor parallelism).
         is_sharded: The replicas hold a shard of each layer, of its gradients and of the optimizer's state each (FSDP2).
+        flat: Of each layer those weights alone, in flat shards, and when a layer is let go of (torch's first FSDP).
         has_buckets: Gradients are copied to be summed up (DDP without `gradient_as_bucket_view`).
         zero: What DeepSpeed's ZeRO keeps where; of stage 3 `is_sharded`, too.
     """
@@ -34,20 +37,17 @@ class Placement:
     replicas: int = 1
     split: int = 1
     is_sharded: bool = False
+    flat: Sharding | None = None
     has_buckets: bool = False
     zero: Zero | None = None
-
-    @property
-    def share(self) -> float:
-        """What of a gradient, and of the optimizer's state, a device has."""
-        return 1 / self.replicas if self.is_sharded else 1.0
 
     def __str__(self) -> str:
         ways = []
         if self.zero is not None:
             ways.append(f"ZeRO-{self.zero.stage} over {self.replicas}")
         elif self.replicas > 1:
-            ways.append(f"FSDP2 over {self.replicas}" if self.is_sharded else f"DDP, {self.replicas} replicas")
+            sharded = f"FSDP{2 if self.flat is None else 1} over {self.replicas}"
+            ways.append(sharded if self.is_sharded else f"DDP, {self.replicas} replicas")
         if self.split > 1:
             ways.append(f"each layer split in {self.split}")
         return ", ".join(ways) or "one device"
@@ -78,6 +78,10 @@ def placement_of(trainer: Namespace, world_size: int | None = None) -> Placement
         return Placement(world_size, has_buckets=world_size > 1 and not has_view)
     if isinstance(cls, type) and issubclass(cls, ShardedStrategy):
         return _sharded(options or Namespace(), world_size, trainer.num_nodes or 1)
+    if isinstance(cls, type) and issubclass(cls, FlatShardedStrategy):
+        FlatPrecision(precision_of(trainer.get("precision")).precision, "cpu")
+        sharding = (options or Namespace()).get("sharding_strategy", "FULL_SHARD")
+        return Placement(world_size, is_sharded=world_size > 1, flat=sharding)
     if isinstance(cls, type) and issubclass(cls, ZeroStrategy):
         names = ("stage", "offload_optimizer", "offload_parameters", "reduce_bucket_size")
         zero = Zero(**{name: options[name] for name in names if options is not None and name in options})
@@ -87,7 +91,7 @@ def placement_of(trainer: Namespace, world_size: int | None = None) -> Placement
         return Placement()
     raise ValueError(
         f"trainer.strategy is {name}, of which plan does not know what it keeps where: it knows those of configs/strategy (DDP, "
-        "FSDP2, tensor parallelism, ZeRO by ZeroStrategy) and one device"
+        "FSDP2, tensor parallelism, ZeRO by ZeroStrategy), FlatShardedStrategy and one device"
     )
 
 
@@ -125,13 +129,22 @@ def check_placement(outline: Outline, placement: Placement) -> None:
         tensor_plan(outline.module.model.language_model)
 
 
+def share(outline: Outline, placement: Placement) -> float:
+    """What of its gradients, and of the optimizer's state, a device has, all in all."""
+    if not placement.is_sharded:
+        return 1.0
+    trained, layers = [weight for weight in outline.weights if weight.requires_grad], _layers(outline, placement)
+    cut = sum(outline.num_bytes(weight) for weight in trained if _is_shard(weight, layers, placement))
+    return 1 - cut / sum(map(outline.num_bytes, trained)) * (1 - 1 / placement.replicas)
+
+
 def held_bytes(outline: Outline, placement: Placement) -> Counter[str]:
     """What a device holds at all times: weights by part, and what the strategy itself needs.
 
-    Under FSDP2 two layers are gathered at a time, the one that runs and the next, and their gradients are whole until they are
-    scattered; what trains outside of the layers is whole during a step. Of ZeRO-3 see `planning.zero.gathered`.
+    Under FSDP two layers are gathered at a time, the one that runs and the next, and their gradients are whole until they are
+    scattered; under FSDP2 what trains outside of the layers is whole during a step. Of ZeRO-3 see `planning.zero.gathered`.
     """
-    layers = [set(layer.parameters()) for layer in outline.module.model.language_model.decoder_layers]
+    layers = _layers(outline, placement)
     held: Counter[str] = Counter()
     whole = 0
     for weight, part in outline.weights.items():
@@ -143,8 +156,10 @@ def held_bytes(outline: Outline, placement: Placement) -> Counter[str]:
     if placement.zero is not None and placement.is_sharded:
         held[GATHERED] = whole + gathered([[(x.numel(), outline.num_bytes(x)) for x in layer] for layer in layers])
     elif placement.is_sharded:
-        sizes = [sum(outline.num_bytes(x) * (2 if x.requires_grad else 1) for x in layer) for layer in layers]
-        held[GATHERED] = whole + 2 * max(sizes)
+        sizes = [sum(outline.num_bytes(x) for x in layer) for layer in layers]
+        gradients = [sum(outline.num_bytes(x) for x in layer if x.requires_grad) for layer in layers]
+        is_kept = placement.flat == "SHARD_GRAD_OP"
+        held[GATHERED] = whole + (sum(sizes) if is_kept else 2 * max(sizes)) + 2 * max(gradients)
     if placement.has_buckets:
         held["DDP's buckets"] = sum(outline.num_bytes(weight) for weight in outline.weights if weight.requires_grad)
     return held
@@ -154,10 +169,17 @@ def host_bytes(outline: Outline, placement: Placement) -> int:
     """Bytes of its weights that a device has in the memory of the machine."""
     if placement.zero is None or not placement.zero.offload_parameters:
         return 0
-    layers = [set(layer.parameters()) for layer in outline.module.model.language_model.decoder_layers]
+    layers = _layers(outline, placement)
     shards = [outline.num_bytes(weight) for weight in outline.weights if _is_shard(weight, layers, placement)]
     return sum(shards) // placement.replicas
 
 
+def _layers(outline: Outline, placement: Placement) -> list[set[nn.Parameter]]:
+    """The weights of each decoder layer that are gathered together."""
+    layers = outline.module.model.language_model.decoder_layers
+    return [set(layer.parameters() if placement.flat is None else main_kind(layer)) for layer in layers]
+
+
 def _is_shard(weight: nn.Parameter, layers: Sequence[set[nn.Parameter]], placement: Placement) -> bool:
-    return placement.is_sharded and (weight.requires_grad or any(weight in layer for layer in layers))
+    is_inside = any(weight in layer for layer in layers)
+    return placement.is_sharded and (is_inside or (weight.requires_grad and placement.flat is None))

@@ -15,7 +15,7 @@ from models.view import View
 from planning.allocations import Allocations
 from planning.gradients import STATES, Gradients, apart
 from planning.outline import Outline
-from planning.placement import ONE_DEVICE, Placement
+from planning.placement import ONE_DEVICE, Placement, share
 from planning.zero import ZeroGradients
 
 
@@ -78,7 +78,7 @@ def run_step(
 
 def _gradients(outline: Outline, allocations: Allocations, accumulates: bool, placement: Placement, on_cpu: bool) -> Gradients:
     if placement.zero is None:
-        return Gradients(outline, allocations, accumulates, on_cpu, placement.share)
+        return Gradients(outline, allocations, accumulates, on_cpu, share(outline, placement))
     is_on_cpu = on_cpu or placement.zero.offload_optimizer
     return ZeroGradients(outline, allocations, accumulates, is_on_cpu, zero=placement.zero, number=placement.replicas)
 

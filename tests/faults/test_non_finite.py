@@ -15,7 +15,7 @@ from lightning_modules.checkpoints import RunCheckpoint
 from lightning_modules.multimodal import MultiModalLitModule, Stage
 from models.manifest import fault
 from tests.faults.small_runs import end_state, fit, make_module, same
-from tests.lightning_modules.processes import MakeStrategy, ddp, gathered, in_two_processes, zero, zero3
+from tests.lightning_modules.processes import MakeStrategy, ddp, flat, gathered, in_two_processes, zero, zero3
 from tests.lightning_modules.run_fakes import Watch, weights, write_rows
 from tests.lightning_modules.test_strategies import fsdp, split
 
@@ -140,6 +140,8 @@ def test_no_checkpoint_holds_what_is_not_finite(make: Make, rows: Path, tmp_path
         pytest.param("skip", "gradient", zero, marks=pytest.mark.slow),
         pytest.param("stop", "loss", fsdp, marks=pytest.mark.slow),
         pytest.param("skip", "gradient", fsdp, marks=pytest.mark.slow),
+        pytest.param("stop", "loss", flat, marks=pytest.mark.slow),
+        pytest.param("skip", "gradient", flat, marks=pytest.mark.slow),
         pytest.param("skip", "loss", split, marks=pytest.mark.slow),
         pytest.param("stop", "loss", zero3, marks=pytest.mark.slow),
         pytest.param("skip", "gradient", zero3, marks=pytest.mark.slow),

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from lightning_modules.flat_shards import FlatShardedStrategy
 
 if TYPE_CHECKING:
     from lightning_modules.zero import ZeroStrategy
@@ -52,9 +55,17 @@ def zero(timeout: timedelta, reduce_bucket_size: int = 1000, **options: Any) -> 
 zero3 = partial(zero, stage=3)
 
 
+def flat(timeout: timedelta, **options: Any) -> Strategy:
+    return FlatShardedStrategy(process_group_backend="gloo", timeout=timeout, **options)
+
+
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Within it all weights are whole, of which ZeRO-3 has given each process a share; elsewhere nothing is changed."""
+def gathered(module: LightningModule) -> Iterator[None]:
+    """Within it all weights are whole, of which ZeRO-3 or torch's first FSDP has given each process a share."""
+    if isinstance(module.trainer.strategy, FlatShardedStrategy):
+        with FullyShardedDataParallel.summon_full_params(module.trainer.strategy.model):
+            yield
+        return
     if not any("ds_tensor" in vars(weight) for weight in module.parameters()):
         yield
         return

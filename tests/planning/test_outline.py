@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import Namespace
 from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.batch import Batch, Example, Origin
@@ -20,7 +21,7 @@ from lightning_modules.multimodal import MultiModalLitModule
 from models.language import LanguageModel
 from planning.allocations import GRADIENTS
 from planning.outline import make_outline
-from planning.placement import Placement, check_placement, held_bytes
+from planning.placement import Placement, check_placement, held_bytes, placement_of
 from planning.precision import precision_of
 from planning.step import STATES, StepCost, run_step
 from tests.lightning_modules.run_fakes import make_data, write_rows
@@ -110,6 +111,36 @@ def test_a_step_in_numbers(tmp_path: Path, tiny_llm: Path) -> None:
     assert held_bytes(outline, Placement())["language_model"] == 4 * number
     assert held_bytes(outline, Placement(4, is_sharded=True))["language_model"] == pytest.approx(number, rel=1e-3)
     assert held_bytes(outline, Placement(4, has_buckets=True))["DDP's buckets"] == 4 * number
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_flat_shards(mode: Any, tmp_path: Path, tiny_llm: Path) -> None:
+    """A quarter of the layers, without adapters; all else is whole, with its gradients and states. Two layers are gathered."""
+    tune = Tune(mode=mode, lora=LoRA(r=4, target_modules=("q_proj",)))
+    outline = make_outline(MultiModalLitModule(language_model(tmp_path, tiny_llm, SMALL, tune=tune)))
+    layer, outside, adapters = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64, 2 * 32000 * 64 + 64, 2 * 2 * 4 * 64
+    held = 4 * (2 * layer // 4 + outside) + (4 * adapters if mode == "lora" else 0)
+    gathered = 4 * (2 * layer) * (2 if mode == "full" else 1)
+    for sharding in ("FULL_SHARD", "SHARD_GRAD_OP"):  # of two layers the same
+        placement = Placement(4, is_sharded=True, flat=sharding)
+        found = held_bytes(outline, placement)
+        assert found["language_model"] == held and found["gathered layers"] == gathered
+        cost = run_step(outline, text_batch(3, 100), PRECISION, accumulates=True, placement=placement)
+        trained = 2 * layer // 4 + outside if mode == "full" else adapters
+        assert cost.at_peak[GRADIENTS] == pytest.approx(4 * trained)
+        assert cost.at_peak[STATES] == pytest.approx(8 * trained, rel=1e-3 if mode == "full" else 0.02)
+
+
+def test_options_of_flat_shards_are_read() -> None:
+    strategy = Namespace(class_path="lightning_modules.flat_shards.FlatShardedStrategy", init_args=Namespace())
+    trainer = Namespace(devices=4, num_nodes=2, strategy=strategy, precision="bf16-mixed")
+    assert placement_of(trainer) == Placement(8, is_sharded=True, flat="FULL_SHARD")
+    assert str(placement_of(trainer)) == "FSDP1 over 8"
+    strategy.init_args.sharding_strategy = "SHARD_GRAD_OP"
+    assert placement_of(trainer) == Placement(8, is_sharded=True, flat="SHARD_GRAD_OP")
+    trainer.precision = "16-mixed"
+    with pytest.raises(ValueError, match="FlatShardedStrategy takes 32-true and bf16-mixed"):
+        placement_of(trainer)
 
 
 @pytest.mark.slow
