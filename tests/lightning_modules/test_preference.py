@@ -128,11 +128,12 @@ class TestLoss:
     def test_a_shared_prompt_changes_nothing(
         self, kind: type[PreferenceLitModule], tiny_llm: Path, tiny_clip: Path, rows: Path
     ) -> None:
-        module = built(make_module(kind, tiny_llm, tiny_clip))
+        module = built(make_module(kind, tiny_llm, tiny_clip)).double()
         losses, gradients = [], []
         for shared in (True, False):
             data = make_data(module, rows, answer_form=replace(module.answer_form, shared_prompt=shared))
             batch = data.collate(examples(data))
+            batch["image"]["media"] = batch["image"]["media"].double()
             module.zero_grad()
             total, count = module.step(batch, "train")
             total.sum().backward()

@@ -28,6 +28,8 @@ from tests.tiny_configs import IMAGE_SIZE, VOCABULARY
 Build = Callable[[str], MultiModalModel]
 
 FAMILIES = ("llama", "qwen2", "gemma2", "gpt2", "granite", "cohere", "gptj")
+EAGER = ("gemma2",)
+"""Those that attend by it."""
 X = IGNORE_INDEX
 
 
@@ -95,16 +97,28 @@ def loss_of(model: MultiModalModel, batch: Batch) -> tuple[Tensor, Tensor, dict[
     return hidden_SD.detach(), total.detach(), gradients
 
 
-def assert_equal_results(model: MultiModalModel, shared: Batch, apart: Batch) -> None:
+def in_float64(model: MultiModalModel, *batches: Batch) -> None:
+    """Some norms and adapters of transformers and PEFT go on in float32, and round the gradients."""
+    model.double()
+    for batch in batches:
+        if "image" in batch:
+            batch["image"]["media"] = batch["image"]["media"].double()
+
+
+def assert_equal_results(model: MultiModalModel, shared: Batch, apart: Batch, eager: bool = False) -> None:
     assert len(shared["tokens_BT"]) == 2 and len(apart["tokens_BT"]) == 6
     assert shared["answers"]["keys"] == apart["answers"]["keys"]
+    error = 1e-6
+    if not eager:  # which in float64 makes nan of the padding of transformers' own rows
+        in_float64(model, shared, apart)
+        error = 1e-10
     hidden_SD, loss, gradients = loss_of(model, shared)
     expected_SD, expected_loss, expected = loss_of(model, apart)
-    torch.testing.assert_close(hidden_SD, expected_SD, rtol=1e-5, atol=1e-6 * float(expected_SD.abs().max()))
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(hidden_SD, expected_SD, rtol=10 * error, atol=error * float(expected_SD.abs().max()))
+    torch.testing.assert_close(loss, expected_loss, rtol=error, atol=error)
     assert gradients.keys() == expected.keys() and gradients
     for name, gradient in gradients.items():
-        scale = float(expected[name].abs().max())  # sums in another order: at most 1.7e-6 of it was seen, of a projector
+        scale = float(expected[name].abs().max())
         torch.testing.assert_close(
             gradient, expected[name], rtol=1e-5, atol=4e-6 * scale + 1e-7, msg=lambda m, n=name: f"{n}: {m}"
         )
@@ -114,12 +128,12 @@ def assert_equal_results(model: MultiModalModel, shared: Batch, apart: Batch) ->
 def test_text_behind_a_shared_prompt(family: str, build: Build) -> None:
     model = build(family)
     assert model.language_model.takes_branches
-    assert_equal_results(model, text_pairs(1, True), text_pairs(1, False))
+    assert_equal_results(model, text_pairs(1, True), text_pairs(1, False), family in EAGER)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pictures_in_a_shared_prompt(family: str, build: Build) -> None:
-    assert_equal_results(build(family), image_pairs(2, True), image_pairs(2, False))
+    assert_equal_results(build(family), image_pairs(2, True), image_pairs(2, False), family in EAGER)
 
 
 @pytest.mark.parametrize("attend_to", ["all", "last"])
@@ -158,9 +172,10 @@ def test_pictures_within_the_branches(fusion: Any, make_model: Callable[..., Mul
         row = AnswerExample(**vars(first), others=[("rejected", second)], form=AnswerForm("pairs", shared_prompt=share))
         batch = collate([row], pad_id=0)
         assert len(batch["tokens_BT"]) == (1 if share else 2)
+        in_float64(model, batch)
         losses.append(loss_of(model, batch))
-    torch.testing.assert_close(losses[0][0], losses[1][0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(losses[0][1], losses[1][1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(losses[0][0], losses[1][0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(losses[0][1], losses[1][1], rtol=1e-10, atol=1e-10)
 
 
 def test_a_model_that_carries_a_state_reads_each_answer_in_a_row_of_its_own(
