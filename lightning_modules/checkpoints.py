@@ -132,6 +132,13 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.state.fn == TrainerFn.FITTING:
             self._obey_signals(trainer)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves also where the epoch is left in its middle, as by `max_steps`: after this Lightning calls all of it done."""
+        super().on_train_epoch_end(trainer, pl_module)
+        is_whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if not is_whole and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves what was trained since the last checkpoint, and leaves signals to those who had them before."""
         self._signals.restore()

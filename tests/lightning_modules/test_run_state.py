@@ -22,7 +22,7 @@ from models.manifest import read_manifest, temporary_name
 from models.spread import whole
 from tests.faults.small_runs import fit, make_module
 from tests.lightning_modules.processes import in_two_processes
-from tests.lightning_modules.run_fakes import write_rows
+from tests.lightning_modules.run_fakes import Watch, write_rows
 
 Lines = dict[tuple[int, int], list[int]]
 
@@ -65,6 +65,28 @@ def sharded(tensor_parallel_size: int, timeout: timedelta) -> Strategy:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", [{}, {"every_n_epochs": 9}, {"every_n_train_steps": 50}], ids=str)
+@pytest.mark.parametrize("end", ["max_steps", "should_stop"])
+def test_a_run_that_ended_inside_of_an_epoch_goes_on_there(
+    tiny_llm: Path, tiny_clip: Path, tmp_path: Path, checkpoint: Any, end: str
+) -> None:
+    """It is made longer; however seldom it saves."""
+    rows = write_rows(tmp_path / "rows.jsonl", 13)
+
+    def run(name: str, num_steps: int, resume: Path | None = None) -> Lines:
+        taken = Taken()
+        stop = Watch(lambda trainer, module: setattr(trainer, "should_stop", trainer.global_step == num_steps))
+        options: dict[str, Any] = {"max_epochs": 3} | ({"max_steps": num_steps} if end == "max_steps" else {})
+        callbacks = [taken] if end == "max_steps" else [taken, stop]
+        module, often = make_module(tiny_llm, tiny_clip), RunCheckpoint(**checkpoint)
+        fit(module, tmp_path / name, rows, *callbacks, checkpoint=often, resume=resume, **options)
+        return taken.lines
+
+    whole, before = run("whole", 9), run("run", 2)
+    after = run("run", 9, tmp_path / "run/checkpoints/last.ckpt")
+    assert before | after == whole and not before.keys() & after.keys() and len(before) == 2 and len(whole) == 9
+
+
 def test_processes_that_split_layers_go_on_with_one_generator(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
     """Two that had rows of their own, of different lengths, have drawn different numbers for dropout."""
     rows = write_rows(tmp_path / "rows.jsonl", 9)
