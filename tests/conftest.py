@@ -39,6 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A test draws the same whichever ran before it in its process, which differs from run to run where processes share them."""
+    torch.manual_seed(20)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_report_to_serializable() -> Generator[None, Any, Any]:
     """What a worker of `pytest -n` tells: rows that are not UTF-8, which tests have, cannot be sent as they are."""

@@ -81,8 +81,23 @@ def test_an_overlay_changes_what_it_names_and_nothing_else(path: Path, recipe: s
     assert {name for name in before.keys() ^ after.keys() if not name.startswith(swapped or ("-",))} == grown - after.keys()
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+FIRST = ("tiny_all", "image")
+"""Recipes over which each objective is tried; over the others the first is, and the rest are slow."""
+
+
+def over_recipes() -> list[Any]:
+    pairs = [(recipe, objective) for recipe in RECIPES for objective in OBJECTIVES]
+    return [
+        pytest.param(
+            *(recipe, objective),
+            marks=[] if recipe.stem in FIRST or objective == OBJECTIVES[0] else pytest.mark.slow,
+            id=f"{recipe.stem}-{objective.stem}",
+        )
+        for recipe, objective in pairs
+    ]
+
+
+@pytest.mark.parametrize(("recipe", "objective"), over_recipes())
 def test_an_objective_keeps_the_model_of_a_recipe(recipe: Path, objective: Path, plain: dict[Path, dict[str, Any]]) -> None:
     """Another class keeps the options that it has too, and drops the others without a word: here it must have them all."""
     named = yaml.safe_load(objective.read_text(encoding="utf-8"))["model"]
