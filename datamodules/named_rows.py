@@ -1,13 +1,17 @@
 """Rows that are named in a file that all processes of a run share, each once."""
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from datamodules.batch import FilteredRowError, Origin, RowChange, RowError
+
+log = logging.getLogger(__name__)
 
 Named = TypeVar("Named", RowError, RowChange)
 
@@ -50,11 +54,14 @@ class RowFile:
     def name(self, rows: Sequence[Named]) -> tuple[list[Named], list[Line]]:
         """Writes the rows that no process has named yet.
 
+        On a full disk the log names them instead, and they are written when they are met again and there is room: what a run
+        cannot do without are its checkpoints, which have an option for that.
+
         Returns:
             Those that were written, and the lines that other processes have named since the last time.
 
         Raises:
-            ValueError: The file cannot be written.
+            ValueError: The file cannot be written, and not because the disk is full.
         """
         new = [row for row in rows if row.origin not in self._named]
         others: dict[Origin, bool] = {}
@@ -68,8 +75,15 @@ class RowFile:
                     self._named |= others
                     file.truncate(self._offset)  # the rest of a line, by a process that was killed in it
                     new = [row for row in new if row.origin not in self._named]
-                    self._offset += file.write(b"".join(_to_json_line(row) for row in new))
+                    lines = b"".join(_to_json_line(row) for row in new)
+                    file.write(lines)
+                    file.flush()
+                    self._offset += len(lines)
             except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    for row in new:
+                        log.warning("%s (%s) cannot name %s: %s", self.path, error.strerror, row.origin, row.reason)
+                    return [], self._own(others)
                 raise ValueError(
                     f"{self.path} cannot be written ({error.strerror}): make room or get the right to write there, "
                     "or give another run folder with --trainer.default_root_dir"

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_modules.run_folder import cannot_write, run_folder
+from lightning_modules.run_folder import cannot_write, run_folder, write_text
 from lightning_modules.signals import Signals, StoppedBySignal, requeue
 from models.checkpoint import read_checkpoint
 from models.manifest import HashingWriter, Manifest, copy, discard, manifest_path, publish, read_manifest, sweep, temporary_name
@@ -42,8 +42,8 @@ class RunCheckpoint(ModelCheckpoint):
         save_last: Keep the newest checkpoint as last.ckpt.
         save_on_exception: Write last.ckpt also when the run is stopped by an error or by the user. Not with several processes:
             the others may be elsewhere, and would be waited for in vain.
-        on_save_error: What to do where a checkpoint cannot be written, as on a full disk: `stop`, or `go_on` and say so. The
-            checkpoints from before stay in any case.
+        on_save_error: What to do where a checkpoint, or a file that tells of the run, cannot be written, as on a full disk:
+            `stop`, or `go_on` and say so. What was written before stays in any case.
     """
 
     def __init__(
@@ -97,7 +97,6 @@ class RunCheckpoint(ModelCheckpoint):
             try:
                 copy(taken, last)  # or a run that was killed behind its last step would end with an older one
             except OSError as error:
-                discard(last)
                 rank_zero_warn(cannot_write(last, error))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -222,6 +221,21 @@ class RunCheckpoint(ModelCheckpoint):
         rank_zero_info(f"stopped after step {trainer.global_step:,}; --ckpt_path last goes on from {self.last_model_path}")
 
 
+def write_account(trainer: Trainer, name: str, text: str) -> None:
+    """Writes a file that tells of a run into its folder, or goes on without it, if `on_save_error` says so for checkpoints.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
+    checkpoint = trainer.checkpoint_callback
+    try:
+        write_text(run_folder(trainer) / name, text)
+    except ValueError as error:
+        if not isinstance(checkpoint, RunCheckpoint) or checkpoint.on_save_error == "stop":
+            raise
+        rank_zero_warn(f"{error}. The run goes on without it, since checkpoint.on_save_error is go_on")
+
+
 def save_together(trainer: Trainer, path: str | Path, weights_only: bool = False) -> None:
     """Saves a checkpoint; where it cannot be written, no process waits for another.
 
@@ -251,19 +265,20 @@ class CheckpointFile(TorchCheckpointIO):
             CannotSaveError: It cannot be written.
         """
         path = Path(path)
+        temporary = temporary_name(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with HashingWriter(self.open(temporary_name(path))) as file:
+            with HashingWriter(self.open(temporary)) as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             manifest = Manifest(checkpoint.get("global_step", 0), {path.name: file.sum()}, checkpoint.get("wandb_run_id"))
-            publish(path, manifest)
+            publish(temporary, path, manifest)
         except (OSError, RuntimeError) as error:
             reason = error if isinstance(error, OSError) else error.__context__  # torch's writer hides what the disk said
             if not isinstance(reason, OSError):
                 raise
-            discard(path)
+            discard(temporary)
             raise CannotSaveError(cannot_write(path, reason)) from error
 
     def open(self, path: Path) -> io.RawIOBase:

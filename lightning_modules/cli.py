@@ -1,5 +1,6 @@
 """The command line's behaviour: what is linked, where a run lives, and which checkpoint is meant."""
 
+import json
 import logging
 import os
 import pydoc
@@ -23,8 +24,9 @@ from lightning_modules.cli_errors import explain, reason, show_user_errors
 from lightning_modules.cli_yaml import ConfigFile
 from lightning_modules.commands import Command, Setup
 from lightning_modules.run_folder import CONFIG
+from lightning_modules.run_summary import SUMMARY
 from lightning_modules.samples import SamplePage
-from models.manifest import newest, read_manifest
+from models.manifest import SUFFIX, manifested, newest, read_manifest
 
 __all__ = ["OmniLitCLI", "Parser", "explain", "find_checkpoint", "quiet_lightning", "show_user_errors"]
 
@@ -198,6 +200,11 @@ def find_checkpoint(ckpt_path: str | None, run_folder: Path, may_begin: bool = F
                 f"--ckpt_path last: none of the checkpoints in {folder} ({listing}) has a manifest, which says what is whole and "
                 "which is the newest. Name one of them"
             )
+        if gone := _named_checkpoints(run_folder):
+            raise ValueError(
+                f"--ckpt_path last: the checkpoints that {run_folder} had are gone ({', '.join(gone)}). Bring one back with its "
+                "manifest, or start anew in another folder with --trainer.default_root_dir"
+            )
         if may_begin and (run_folder / CONFIG).exists():
             rank_zero_warn(f"{run_folder} holds a run without a checkpoint: it was ended before its first, and begins anew")
             return ckpt_path
@@ -205,6 +212,16 @@ def find_checkpoint(ckpt_path: str | None, run_folder: Path, may_begin: bool = F
     if not Path(ckpt_path).exists():
         raise ValueError(f"--ckpt_path: there is no {ckpt_path}. {folder} holds {listing}")
     return ckpt_path
+
+
+def _named_checkpoints(run_folder: Path) -> list[str]:
+    """Checkpoints that a run has had, by its manifests and its summary."""
+    named = {manifested(file).name for file in (run_folder / "checkpoints").glob(f"*{SUFFIX}")}
+    summary = run_folder / SUMMARY
+    if summary.is_file():
+        told = json.loads(summary.read_text(encoding="utf-8"))
+        named |= {Path(path).name for key in ("best_checkpoint", "last_checkpoint") if (path := told.get(key))}
+    return sorted(named)
 
 
 def go_on_in_wandb(logger: Any, run_id: str) -> None:

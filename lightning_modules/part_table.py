@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from encoders.base import Part
+from lightning_modules.checkpoints import write_account
 from lightning_modules.optim import NO_DECAY
-from lightning_modules.run_folder import run_folder, write_text
 from lightning_modules.zero import ZeroStrategy
 from models.stored import num_weights, stored_type
 
@@ -40,7 +40,7 @@ class PartTable(Callback):
             from rich import get_console
 
             get_console().print(_table(rows))
-            write_text(run_folder(trainer) / "parts.json", json.dumps(rows, indent=2) + "\n")
+            write_account(trainer, "parts.json", json.dumps(rows, indent=2) + "\n")
         strategy = trainer.strategy
         for optimizer in [strategy.optimizer] if isinstance(strategy, ZeroStrategy) else trainer.optimizers:
             if warning := unused_lr(parts, optimizer.defaults.get("lr")):

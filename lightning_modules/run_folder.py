@@ -12,6 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
+from lightning_modules.run_lock import RunLock
+
 if TYPE_CHECKING:
     from lightning_modules.multimodal import MultiModalLitModule
 
@@ -48,9 +50,10 @@ def write_text(path: Path, text: str) -> None:
 class RunFolder(SaveConfigCallback):
     """Writes the resolved config, the model and the processor into the run folder when training starts.
 
-    A fit refuses a folder that already holds a run, unless it resumes that run. A resumed run keeps the first
-    `config.yaml`; where its own config differs, it is written beside it as `config-2.yaml`, `config-3.yaml`, …
-    A fit that fails before its first step takes its config away again, so that the corrected command may use the folder.
+    A fit refuses a folder that already holds a run, unless it resumes that run, and any folder that another process trains in.
+    A resumed run keeps the first `config.yaml`; where its own config differs, it is written beside it as `config-2.yaml`,
+    `config-3.yaml`, … A fit that fails before its first step takes its config away again, so that the corrected command may use
+    the folder.
     Validation, test and prediction neither write nor refuse.
 
     The options are those of Lightning's `SaveConfigCallback` (`save_config_kwargs` of the CLI). With `overwrite` a
@@ -60,24 +63,29 @@ class RunFolder(SaveConfigCallback):
     _written: Path | None = None
     _first_step: int = 0
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lock = RunLock()
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses a folder that holds another run, before any weights are made.
+        """Refuses a folder that holds another run, before any weights are made, and keeps others out of it.
 
         Raises:
-            ValueError: The folder holds a run that this fit does not resume.
+            ValueError: The folder holds a run that this fit does not resume, another process trains in it, or it cannot be
+                written.
         """
-        if stage != "fit" or self.already_saved or self.overwrite:
+        if stage != "fit":
             return
-        folder = run_folder(trainer)
-        present = _present(folder, self.config_filename) if trainer.is_global_zero else []
-        refusal = ""
-        if present and not self._asked_to_resume(trainer):
-            resume = "go on with the run that is there with --ckpt_path last, " if _checkpoints(folder) else ""
-            refusal = (
-                f"{folder} already holds a run ({', '.join(present)}), and this fit does not resume it. Give another folder "
-                f"with --trainer.default_root_dir, {resume}or delete the folder"
-            )
-        _raise_everywhere(trainer, refusal)
+        problem = ""
+        if trainer.is_global_zero:
+            try:
+                self._refuse_other_run(trainer)
+                self._lock.take(run_folder(trainer))
+            except ValueError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = cannot_write(run_folder(trainer), error)
+        _raise_everywhere(trainer, problem)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes config, model and processor, once.
@@ -90,6 +98,7 @@ class RunFolder(SaveConfigCallback):
         problem = ""
         if trainer.is_global_zero:
             try:
+                self._refuse_other_run(trainer)  # one that another process has begun and ended since the set-up
                 self._refuse_unnoticed_restart(trainer)
                 if self.save_to_log_dir:
                     self._write(trainer, cast("MultiModalLitModule", pl_module))
@@ -98,6 +107,10 @@ class RunFolder(SaveConfigCallback):
                 problem = str(error)
         _raise_everywhere(trainer, problem)
         self.already_saved = True
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lets others use the folder. A fit that fails keeps them out until its process ends: what it saves comes last of all."""
+        self._lock.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Takes the config of a run that never made a step away again."""
@@ -115,8 +128,16 @@ class RunFolder(SaveConfigCallback):
                 nested = json.loads(self.parser.dump(self.config, format="json", skip_none=False))
                 run.config.update({key: value for key, value in nested.items() if key not in locked}, allow_val_change=True)
 
-    def _asked_to_resume(self, trainer: Trainer) -> bool:
-        return bool(trainer.ckpt_path or self.config.get("ckpt_path"))
+    def _refuse_other_run(self, trainer: Trainer) -> None:
+        folder = run_folder(trainer)
+        present = _present(folder, self.config_filename)
+        asked_to_resume = trainer.ckpt_path or self.config.get("ckpt_path")
+        if present and not (asked_to_resume or self.already_saved or self.overwrite):
+            resume = "go on with the run that is there with --ckpt_path last, " if _checkpoints(folder) else ""
+            raise ValueError(
+                f"{folder} already holds a run ({', '.join(present)}), and this fit does not resume it. Give another folder "
+                f"with --trainer.default_root_dir, {resume}or delete the folder"
+            )
 
     def _refuse_unnoticed_restart(self, trainer: Trainer) -> None:
         # Lightning only warns where `--ckpt_path last` finds nothing: right for a first start, not beside checkpoints

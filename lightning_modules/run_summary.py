@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -16,11 +17,15 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from datamodules.batch import MODALITIES, Batch, Modality
-from lightning_modules.run_folder import run_folder, write_text
+from lightning_modules.checkpoints import write_account
+from lightning_modules.run_folder import run_folder
 
 if TYPE_CHECKING:
     from datamodules.loading import RowDataModule
     from lightning_modules.multimodal import MultiModalLitModule
+
+SUMMARY = "summary.json"
+"""What a fit did, in its run folder."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +143,10 @@ class RunSummary(Callback):
         if started is not None:
             summary |= {"seconds": round(time.monotonic() - started, 1), **_peak_memory(trainer.strategy.root_device)}
         if isinstance(checkpoint := trainer.checkpoint_callback, ModelCheckpoint):
-            summary["best_checkpoint"] = checkpoint.best_model_path or None
-            summary["last_checkpoint"] = checkpoint.last_model_path or None
+            for name, path in (("best", checkpoint.best_model_path), ("last", checkpoint.last_model_path)):
+                summary[f"{name}_checkpoint"] = path if path and Path(path).exists() else None  # one may never have been whole
         summary["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        write_text(run_folder(trainer) / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_account(trainer, SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 
 def num_with_same_rows(trainer: Trainer) -> int:
@@ -157,7 +162,7 @@ def _datamodule(trainer: Trainer) -> "RowDataModule":
 def _is_summed_up(trainer: Trainer) -> bool:
     """Whether the run folder has the summary of this very end; all processes get the answer of the first."""
     summary: dict[str, Any] = {}
-    path = run_folder(trainer) / "summary.json"
+    path = run_folder(trainer) / SUMMARY
     if trainer.is_global_zero and path.is_file():
         summary = json.loads(path.read_text(encoding="utf-8"))
     return trainer.strategy.broadcast(summary == summary | {"status": "finished", "steps": trainer.global_step})

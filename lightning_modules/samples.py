@@ -13,7 +13,8 @@ from PIL import Image
 from datamodules.batch import MODALITIES, Batch, Example, RowError
 from datamodules.thumbnails import data_uri, side_by_side, thumbnail
 from lightning_modules.answers import is_right
-from lightning_modules.run_folder import run_folder, write_text
+from lightning_modules.checkpoints import write_account
+from lightning_modules.run_folder import run_folder
 from lightning_modules.sample_table import Column, Row, SampleTable
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class SamplePage(Callback):
         for logger in wandb_loggers:
             _log_table(logger, self._chosen, column, trainer.global_step)
         if not wandb_loggers:
-            _write_page(run_folder(trainer), self._chosen, column)
+            _write_page(trainer, self._chosen, column)
 
 
 def _choose(module: "MultiModalLitModule", datamodule: "RowDataModule", num_samples: int) -> list[_Chosen]:
@@ -126,7 +127,7 @@ def _wandb_image(picture: Image.Image) -> Any:
     return wandb.Image(picture)
 
 
-def _write_page(folder: Path, chosen: Sequence[_Chosen], column: Column) -> None:
+def _write_page(trainer: Trainer, chosen: Sequence[_Chosen], column: Column) -> None:
     rows = [
         Row(
             id=row.prompt.id,
@@ -138,6 +139,7 @@ def _write_page(folder: Path, chosen: Sequence[_Chosen], column: Column) -> None
         )
         for row in chosen
     ]
+    folder = run_folder(trainer)
     kept = folder / "samples.json"
     table = SampleTable(rows)
     if kept.exists():
@@ -148,5 +150,5 @@ def _write_page(folder: Path, chosen: Sequence[_Chosen], column: Column) -> None
         if earlier.rows == rows:
             table = earlier
     table.add(column)
-    write_text(kept, table.to_json())
-    write_text(folder / "samples.html", table.to_html(f"Samples of {folder.name}"))
+    write_account(trainer, kept.name, table.to_json())
+    write_account(trainer, "samples.html", table.to_html(f"Samples of {folder.name}"))

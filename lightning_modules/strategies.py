@@ -1,7 +1,6 @@
 """Strategies for models that do not fit on one device."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -114,22 +113,17 @@ class ShardedStrategy(ModelParallelStrategy):
             if self.is_global_zero:  # Lightning would first remove a folder that has the name
                 self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
             return
-        path = Path(self.broadcast(filepath))
-        temporary = temporary_name(path)
-        if self.is_global_zero:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.barrier()
-        if problem := self.broadcast(self._write_folder(checkpoint, path)):
+        path, temporary = self.broadcast((Path(filepath), temporary_name(Path(filepath))))
+        if problem := self.broadcast(self._write_folder(checkpoint, path, temporary)):
             if self.is_global_zero:
-                discard(path)
+                discard(temporary)
             raise CannotSaveError(problem)
 
-    def _write_folder(self, checkpoint: dict[str, Any], path: Path) -> str:
+    def _write_folder(self, checkpoint: dict[str, Any], path: Path, temporary: Path) -> str:
         """Writes the shards, on all processes, and the rest on the first; what went wrong, in words, or nothing."""
         shards = {"state_dict": checkpoint.pop("state_dict")}
         for number, state in enumerate(checkpoint.pop("optimizer_states", [])):
             shards[f"optimizer_{number}"] = state
-        temporary = temporary_name(path)
         try:
             dcp.save(shards, checkpoint_id=temporary)
             if self.is_global_zero:
@@ -138,7 +132,7 @@ class ShardedStrategy(ModelParallelStrategy):
                     file.flush()
                     os.fsync(file.fileno())
                 step, run_id = checkpoint.get("global_step", 0), checkpoint.get("wandb_run_id")
-                publish(path, Manifest(step, file_sums(temporary, path.name), run_id))
+                publish(temporary, path, Manifest(step, file_sums(temporary, path.name), run_id))
         except dcp.api.CheckpointException as error:  # the same on all processes
             first, _ = next(iter(error.failures.values()))
             return cannot_write(path, first if isinstance(first, OSError) else OSError(None, str(first)))

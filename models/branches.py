@@ -149,6 +149,18 @@ def can_pack(language_model: "LanguageModel") -> bool:
     return language_model.takes_branches if is_tried else _attends(model)
 
 
+def why_no_packs(language_model: "LanguageModel") -> str:
+    """What to say of samples that share a row in a language model that cannot keep them apart."""
+    reason = (
+        "not all of its layers are causal attention to given positions, or it reads media itself and attends by flash attention"
+    )
+    choice = "set data.batching.kind to padded or rows"
+    if language_model.quantize == "int8":
+        reason = "in the int8 of LLM.int8() what comes of a token depends on the others of its batch"
+        choice += ", or language_model.quantize to nf4"
+    return f"{language_model.name_or_path} cannot keep the samples of a packed row apart ({reason}): {choice}"
+
+
 def _attends(model: "PreTrainedModel") -> bool:
     """Whether nothing but attention and given positions connects the tokens of a row, as far as a model tells."""
     takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters

@@ -6,10 +6,13 @@ its own, and either of the two may say that it is whole.
 """
 
 import contextlib
+import glob
 import hashlib
 import io
 import json
 import os
+import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterable
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SUFFIX = ".manifest.json"
+_UNNAMED = f".*{SUFFIX}.*.tmp"
 
 
 class FileSum(NamedTuple):
@@ -72,13 +76,18 @@ class HashingWriter(io.BufferedWriter):
 
 
 def temporary_name(path: Path) -> Path:
-    """Where a checkpoint or a manifest is written before it gets its name."""
-    return path.with_name(f".{path.name}.tmp")
+    """Where a checkpoint or a manifest is written before it gets its name: another file each time, which no other run writes."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def manifest_path(path: Path) -> Path:
     """Where the manifest of a checkpoint is."""
     return path.with_name(path.name + SUFFIX)
+
+
+def manifested(file: Path) -> Path:
+    """The checkpoint of a manifest, which has its name or not yet."""
+    return file.with_name(re.sub(r"^\.?(.*)\.manifest\.json(\..*)?$", r"\1", file.name))
 
 
 def file_sums(path: Path, name: str) -> dict[str, FileSum]:
@@ -94,23 +103,30 @@ def file_sums(path: Path, name: str) -> dict[str, FileSum]:
     return {name: _file_sum(path)}
 
 
-def publish(path: Path, manifest: Manifest) -> None:
+def publish(temporary: Path, path: Path, manifest: Manifest) -> None:
     """Gives a checkpoint that was written and fsynced under its temporary name its own, with its manifest.
 
     Raises:
         OSError: The disk fails. What stood there before, if anything, stands there still, or the new one does.
     """
-    temporary, described = temporary_name(path), manifest_path(path)
+    described = manifest_path(path)
+    new = temporary_name(described)
     manifest = replace(manifest, written_ns=max(manifest.written_ns, _last_written_ns(path.parent) + 1))
-    with temporary_name(described).open("w", encoding="utf-8") as file:
-        files = {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in manifest.files.items()}
-        json.dump({**asdict(manifest), "files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.exists() and (path.is_dir() or temporary.is_dir()):  # neither replaces the other, nor what is in a folder
-        path.replace(_aside(path))
-    temporary.replace(path)
-    temporary_name(described).replace(described)
+    try:
+        with new.open("w", encoding="utf-8") as file:
+            files = {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in manifest.files.items()}
+            json.dump({**asdict(manifest), "files": files}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists() and (path.is_dir() or temporary.is_dir()):  # neither replaces the other, nor what is in a folder
+            path.replace(_aside(path))
+        temporary.replace(path)
+        new.replace(described)
+    except OSError:
+        if temporary.exists():  # or it has its name already, and needs the manifest that has not
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -127,23 +143,24 @@ def copy(source: Path, path: Path) -> None:
     """
     manifest, temporary = read_manifest(source), temporary_name(path)
     assert manifest is not None
-    if source.is_dir():
-        shutil.copytree(source, temporary)
-    else:
-        shutil.copyfile(source, temporary)
-    for file in (file for file in (temporary, *temporary.rglob("*")) if file.is_file()):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    publish(path, Manifest(manifest.step, file_sums(temporary, path.name), manifest.wandb_run_id))
+    try:
+        if source.is_dir():
+            shutil.copytree(source, temporary)
+        else:
+            shutil.copyfile(source, temporary)
+        for file in (file for file in (temporary, *temporary.rglob("*")) if file.is_file()):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        publish(temporary, path, Manifest(manifest.step, file_sums(temporary, path.name), manifest.wandb_run_id))
+    except OSError:
+        discard(temporary)
+        raise
 
 
-def discard(path: Path) -> None:
+def discard(temporary: Path) -> None:
     """Takes away what was written for a checkpoint that could not be finished."""
-    temporary = temporary_name(path)
-    if temporary.exists():  # or it has its name already, and needs the manifest that may not have its own yet
-        with contextlib.suppress(OSError):
-            temporary_name(manifest_path(path)).unlink(missing_ok=True)
-            _remove(temporary)
+    with contextlib.suppress(OSError):
+        _remove(temporary)
 
 
 def read_manifest(path: Path) -> Manifest | None:
@@ -168,8 +185,7 @@ def newest(folders: Iterable[Path]) -> Newest | None:
         for old in folder.glob(".*.ckpt.old"):  # killed between the renaming of an old folder and that of a new one
             with contextlib.suppress(OSError):  # also where another process does the same
                 old.rename(folder / old.name[1 : -len(".old")])
-        names = {file.name for pattern in (f"*{SUFFIX}", f".*{SUFFIX}.tmp") for file in folder.glob(pattern)}
-        for path in {folder / name.removeprefix(".").removesuffix(".tmp").removesuffix(SUFFIX) for name in names}:
+        for path in {manifested(file) for pattern in (f"*{SUFFIX}", _UNNAMED) for file in folder.glob(pattern)}:
             found += [(manifest.written_ns, manifest.step, path, manifest) for manifest in _manifests(path) if path.exists()]
     left: dict[Path, str] = {}
     for *_, path, manifest in sorted(found, key=lambda entry: entry[:3], reverse=True):
@@ -185,17 +201,16 @@ def newest(folders: Iterable[Path]) -> Newest | None:
 
 def sweep(folder: Path) -> None:
     """Takes away what a run that was killed while it saved has left in a folder: names that `publish` gives, and no others."""
-    for file in folder.glob(f".*{SUFFIX}.tmp"):
-        path = folder / file.name[1 : -len(f"{SUFFIX}.tmp")]
-        manifest = _read(file)
+    for file in folder.glob(_UNNAMED):
+        path, manifest = manifested(file), _read(file)
         if manifest is not None and path.exists() and not _difference(path, manifest):
             file.replace(manifest_path(path))
         else:
             file.unlink(missing_ok=True)
-    for leftover in (*folder.glob(".*.ckpt.tmp"), *folder.glob(".*.ckpt.old")):
+    for leftover in (*folder.glob(".*.ckpt.*.tmp"), *folder.glob(".*.ckpt.old")):
         _remove(leftover)
     for file in folder.glob(f"*{SUFFIX}"):
-        if not (folder / file.name.removesuffix(SUFFIX)).exists():
+        if not manifested(file).exists():
             file.unlink(missing_ok=True)
 
 
@@ -206,7 +221,7 @@ def _last_written_ns(folder: Path) -> int:
 
 
 def _manifests(path: Path) -> list[Manifest]:
-    files = (manifest_path(path), temporary_name(manifest_path(path)))
+    files = (manifest_path(path), *path.parent.glob(f".{glob.escape(path.name)}{SUFFIX}.*.tmp"))
     return [manifest for file in files if (manifest := _read(file)) is not None]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from datamodules.batch import MODALITIES, Batch, Modality
 from encoders.base import Encoder, Part, Projector
-from models.branches import has_branches, take_apart
+from models.branches import has_branches, take_apart, why_no_packs
 from models.checkpoint import load_saved, read_checkpoint
 from models.features import FrozenFeatures
 from models.fusion import ConcatFusion, Fusion, PlacedMedia
@@ -253,11 +253,7 @@ class MultiModalModel(nn.Module):
             encoded: Its media, where they are encoded already.
         """
         if len(batch["examples"]) > len(batch["tokens_BT"]) and not self.language_model.takes_packs:
-            raise ValueError(
-                f"{self.language_model.name_or_path} cannot keep the samples of a packed row apart (not all of its layers are "
-                "causal attention to given positions, or it reads media itself and attends by flash attention): set "
-                "data.batching.kind to padded or rows"
-            )
+            raise ValueError(why_no_packs(self.language_model))
         if has_branches(batch) and not self.language_model.takes_branches:
             apart = take_apart(batch)
             return apart.join(self(apart.batch, encoded))

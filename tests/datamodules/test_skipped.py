@@ -1,6 +1,9 @@
+import errno
+import io
 import json
 import logging
 import multiprocessing
+import os
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -193,3 +196,24 @@ def test_sources_of_one_file_count_for_themselves(path: Path) -> None:
     assert (sources["asked"].count, sources["told"].count, again.count) == (2, 1, 2) and len(read(path)) == 4
     with pytest.raises(ValueError, match=r"^3 of 100 rows \(3 %\) from rows\.jsonl \(source 'told'\) could not be used"):
         again.add([error(8, source="told")])
+
+
+def test_on_a_full_disk_the_log_names_the_row_and_the_file_does_when_there_is_room(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            super().write(bytes(data)[:20])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    skipped, other = make(path, max_skipped=0.04), make(path)
+    skipped.add([error(4)])
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", lambda self, mode: Full(self, mode.replace("b", "")))
+        skipped.add([error(2), error(4), error(7, "no answer")])
+    assert skipped.count == 3 and path.read_bytes().endswith(b'{"file": "rows.jsonl')
+    told = [record.getMessage() for record in caplog.records][1:]
+    assert told == [f"{path} (No space left on device) cannot name rows.jsonl:{row}" for row in ("2: no picture", "7: no answer")]
+    other.add([error(9)])
+    skipped.add([error(7, "no answer")])
+    assert lines(path) == [4, 9, 7] and skipped.count == 4

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_modules.callbacks import PartTable, RunSummary, SamplePage
 from lightning_modules.checkpoints import CannotSaveError, CheckpointFile, RunCheckpoint
 from lightning_modules.cli import find_checkpoint
+from lightning_modules.run_folder import cannot_write
 from models.manifest import newest, read_manifest, sweep
 from tests.faults.full_disk import FullAt
 from tests.faults.small_runs import end_state, fit, make_module, same
@@ -140,8 +142,8 @@ def run(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> Run:
         checkpoint = RunCheckpoint(every_n_train_steps=1, on_save_error=on_save_error)
         files = FullAt()
         files.steps = frozenset(steps)
-        module = make_module(tiny_llm, tiny_clip)
-        return fit(module, tmp_path / name, rows, checkpoint=checkpoint, files=files, **options)
+        module, accounts = make_module(tiny_llm, tiny_clip), (PartTable(), SamplePage(1), RunSummary())
+        return fit(module, tmp_path / name, rows, *accounts, checkpoint=checkpoint, files=files, **options)
 
     return run
 
@@ -167,5 +169,27 @@ def test_the_run_goes_on_without_a_checkpoint(run: Run, tmp_path: Path) -> None:
         run("to_the_end", "go_on", 2, 3, 4, 5, 6)
     found = find_checkpoint("last", tmp_path / "to_the_end")
     assert found is not None and CheckpointFile().load_checkpoint(found)["global_step"] == 1
+    summary = json.loads((tmp_path / "to_the_end/summary.json").read_text())
+    assert Path(summary["last_checkpoint"]).name == "last.ckpt"
     run("to_the_end", "stop", resume=found)
     assert same(end_state(tmp_path / "to_the_end"), end_state(tmp_path / "whole"))
+
+
+def test_it_goes_on_without_accounts_too(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"data": {"val_path": str(tmp_path / "rows.jsonl")}, "max_epochs": 1}
+    run("whole", "stop", **options)
+
+    def refuse(path: Path, text: str) -> None:
+        raise ValueError(cannot_write(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+
+    monkeypatch.setattr("lightning_modules.checkpoints.write_text", refuse)
+    with pytest.warns(UserWarning) as warned:
+        run("full", "go_on", 1, 2, 3, **options)
+    for name in ("parts.json", "samples.json", "samples.html", "summary.json"):
+        told = (
+            rf"full/{name} cannot be written \(No space left on device\).*goes on without it, since checkpoint\.on_save_error is"
+        )
+        assert any(re.search(told, str(warning.message)) for warning in warned)
+        assert (tmp_path / "whole" / name).exists() and not (tmp_path / "full" / name).exists()
+    with pytest.raises(ValueError, match=r"parts\.json cannot be written"):
+        run("stopped", "stop")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,16 +32,21 @@ class Send(Callback):
         at: The hook to do it in.
         step: After so many steps, once.
         rank: The process that gets them.
+        to_all: Its process group gets them, as from a terminal or a scheduler.
     """
 
-    def __init__(self, *signums: int, at: str = "backward", step: int = 1, rank: int = 0) -> None:
-        self.signums, self.at, self.step, self.rank = signums, at, step, rank
+    def __init__(self, *signums: int, at: str = "backward", step: int = 1, rank: int = 0, to_all: bool = False) -> None:
+        self.signums, self.at, self.step, self.rank, self.to_all = signums, at, step, rank, to_all
 
     def _send(self, trainer: Any, at: str) -> None:
         if (at, trainer.global_step, trainer.global_rank) == (self.at, self.step, self.rank) and not trainer.sanity_checking:
             signums, self.signums = self.signums, ()
             for signum in signums:
-                os.kill(os.getpid(), signum)
+                if self.to_all:
+                    in_child(partial(_send_from_outside, os.getpgid(0), signum))
+                    time.sleep(0.1)  # a worker that obeys has ended by then
+                else:
+                    os.kill(os.getpid(), signum)
 
     def on_before_backward(self, trainer: Any, *args: Any) -> None:
         self._send(trainer, "backward")
@@ -50,6 +56,11 @@ class Send(Callback):
 
     def on_validation_batch_start(self, trainer: Any, *args: Any) -> None:
         self._send(trainer, "validation")
+
+
+def _send_from_outside(group: int, signum: int) -> None:
+    os.setpgid(0, 0)
+    os.killpg(group, signum)
 
 
 @pytest.fixture
@@ -90,6 +101,20 @@ def test_it_stops_within_a_step_and_goes_on(
 def test_a_second_interrupt_ends_it_at_once(run: Run, tmp_path: Path) -> None:
     assert in_child(partial(run, "stopped", Send(INT, INT))) == 130
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(("signums", "code"), [((TERM,), 143), ((INT, INT), 130), ((USR1,), 0)])
+def test_workers_leave_to_the_run_what_all_its_processes_are_sent(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str], signums: tuple[int, ...], code: int
+) -> None:
+    def act() -> None:
+        os.setpgid(0, 0)  # a group without the tests
+        run("run", Send(*signums, to_all=True), data={"num_workers": 2})
+
+    assert in_child(act) == code
+    assert "Traceback" not in capfd.readouterr().err
+    if INT not in signums:
+        assert step_of(tmp_path / "run") == {TERM: 2, USR1: 6}[signums[0]]
 
 
 def test_what_asks_for_a_checkpoint_gets_one_and_the_run_goes_on(run: Run, tmp_path: Path) -> None:

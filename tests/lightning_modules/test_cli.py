@@ -88,6 +88,26 @@ class TestFindCheckpoint:
         with pytest.warns(UserWarning, match="ended before its first, and begins anew"):
             assert find_checkpoint("last", tmp_path, may_begin=True) == "last"
 
+    @pytest.mark.parametrize("with_summary", [False, True])
+    def test_one_whose_checkpoints_are_gone_does_not(self, folder: Path, with_summary: bool) -> None:
+        (folder / "config.yaml").write_text("model: {}\n")
+        left = (folder / "checkpoints").glob("*.ckpt*" if with_summary else "*.ckpt")
+        for path in left:
+            path.unlink()
+        if with_summary:
+            (folder / "summary.json").write_text('{"steps": 8, "best_checkpoint": null, "last_checkpoint": "a/last.ckpt"}')
+        names = "last.ckpt" if with_summary else r"epoch=1-step=8\.ckpt, last-v1\.ckpt, last\.ckpt"
+        before = sorted(path.name for path in folder.rglob("*"))
+        with pytest.raises(ValueError, match=rf"had are gone \({names}\)\. Bring one back .* in another folder"):
+            find_checkpoint("last", folder, may_begin=True)
+        assert sorted(path.name for path in folder.rglob("*")) == before
+
+    def test_one_that_has_made_steps_without_any_begins_anew(self, tmp_path: Path) -> None:
+        (tmp_path / "config.yaml").write_text("model: {}\n")
+        (tmp_path / "summary.json").write_text('{"steps": 8, "best_checkpoint": null, "last_checkpoint": null}')
+        with pytest.warns(UserWarning, match="ended before its first, and begins anew"):
+            assert find_checkpoint("last", tmp_path, may_begin=True) == "last"
+
 
 @pytest.mark.parametrize(("count", "has_begun", "taken"), [(None, True, None), ("1", True, "step 9"), ("1", False, None)])
 def test_a_job_that_slurm_started_again_goes_on(

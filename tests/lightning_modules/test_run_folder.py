@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import yaml
 from callback_fakes import FakeData, FakeModule, good_batch, make_trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_modules.run_folder import RunFolder, write_text
+from lightning_modules.run_lock import LOCK
+from tests.forked import fork
 
 
 class Fails(FakeModule):
@@ -85,7 +88,7 @@ def files(folder: Path) -> list[str]:
 def test_a_fit_writes_config_model_and_processor(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "run"
     fit(folder, {"model.rate": 0.5})
-    assert files(folder) == ["config.yaml", "model.json", "processor/processor.json"]
+    assert files(folder) == [LOCK, "config.yaml", "model.json", "processor/processor.json"]
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config == {"model": {"rate": 0.5}, "seed_everything": 3, "ckpt_path": None}
     parts = json.loads((folder / "model.json").read_text())["parts"]
@@ -154,6 +157,49 @@ def test_last_that_finds_nothing_beside_checkpoints_is_no_silent_restart(tmp_pat
     with pytest.raises(ValueError, match=r"--ckpt_path last found no checkpoint to resume from, but .* holds 1 checkpoint"):
         fit(tmp_path, {"ckpt_path": "last"})
     assert not (tmp_path / "config.yaml").exists()
+
+
+class Waits(FakeModule):
+    """Tells at its first batch that it trains, and waits for a word."""
+
+    def __init__(self, told: int, word: int) -> None:
+        super().__init__()
+        self.told, self.word = told, word
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        os.write(self.told, b"x")
+        os.read(self.word, 1)
+        return super().training_step(batch, batch_idx)
+
+
+def test_two_runs_at_once_are_one_too_many(tmp_path: Path) -> None:
+    fit(tmp_path)
+    last = {"ckpt_path": str(tmp_path / "checkpoints/last.ckpt")}
+    begun, word = os.pipe(), os.pipe()
+    other = fork(lambda: fit(tmp_path, last, Waits(begun[1], word[0]), epochs=2))
+    os.read(begun[0], 1)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match=rf"in use: process {other} on .*, since .*, trains in it.*--trainer\.default_root_dir"):
+        fit(tmp_path, last, epochs=2)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    os.write(word[1], b"xx")
+    assert os.waitpid(other, 0)[1] == 0
+    fit(tmp_path, last, epochs=2)
+
+
+class Begins(Callback):
+    """Another process begins a run, and ends it, while this one makes its weights."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        (Path(trainer.default_root_dir) / "config.yaml").write_text("of: another\n")
+
+
+def test_a_run_that_came_before_is_not_written_over(tmp_path: Path) -> None:
+    parser = LightningArgumentParser()
+    trainer = make_trainer(tmp_path, [Begins(), RunFolder(parser, parser.parse_object({}))])
+    with pytest.raises(ValueError, match=r"already holds a run \(config.yaml\)"):
+        trainer.fit(FakeModule(), datamodule=CliData())
+    assert (tmp_path / "config.yaml").read_text() == "of: another\n"
 
 
 def test_a_run_without_a_single_step_leaves_the_folder_free(tmp_path: Path) -> None:

@@ -147,8 +147,8 @@ def test_a_checkpoint_and_its_manifest_say_which_wandb_run_they_are_of(
 
 
 def test_what_a_kill_left_of_steps_that_were_kept_is_swept(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
-    kept = tmp_path / "run/non_finite/step=3.ckpt"
-    temporary_name(kept).parent.mkdir(parents=True)
-    temporary_name(kept).write_text("half")
+    kept = temporary_name(tmp_path / "run/non_finite/step=3.ckpt")
+    kept.parent.mkdir(parents=True)
+    kept.write_text("half")
     fit(make_module(tiny_llm, tiny_clip), tmp_path / "run", write_rows(tmp_path / "rows.jsonl", 3), max_steps=1)
     assert not list(kept.parent.iterdir())

@@ -41,7 +41,7 @@ def content(path: Path) -> str:
 def save(path: Path, text: str, write: Write, step: int = 1) -> None:
     temporary = temporary_name(path)
     write(temporary, text)
-    publish(path, Manifest(step, file_sums(temporary, path.name), "run-1"))
+    publish(temporary, path, Manifest(step, file_sums(temporary, path.name), "run-1"))
 
 
 @pytest.mark.parametrize("write", [write_file, write_shards])
@@ -128,12 +128,14 @@ def test_a_manifest_that_is_none_says_nothing(tmp_path: Path) -> None:
 
 
 def test_the_sweep_takes_only_what_is_ours(tmp_path: Path) -> None:
-    others = [".hidden", ".editor.swp", "notes.tmp", ".config.yaml.tmp", "last.ckpt", ".last.ckpt.bak"]
-    ours = [".last.ckpt.tmp", ".last.ckpt.manifest.json.tmp", "gone.ckpt.manifest.json"]
-    for name in (*others, *ours):
-        (tmp_path / name).write_text("x")
-    (tmp_path / ".best.ckpt.tmp").mkdir()
-    (tmp_path / ".best.ckpt.tmp/shard").write_text("x")
+    last, best = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
+    others = [".hidden", ".editor.swp", "notes.tmp", ".config.yaml.tmp", last.name, ".last.ckpt.bak"]
+    ours = [temporary_name(last), temporary_name(last), temporary_name(manifest_path(last)), tmp_path / "gone.ckpt.manifest.json"]
+    assert len({temporary_name(last).name for _ in range(99)}) == 99, "no two runs write the same file"
+    for path in (*map(tmp_path.joinpath, others), *ours):
+        path.write_text("x")
+    (folder := temporary_name(best)).mkdir()
+    (folder / "shard").write_text("x")
     sweep(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(others)
 
@@ -141,9 +143,10 @@ def test_the_sweep_takes_only_what_is_ours(tmp_path: Path) -> None:
 def test_what_could_not_be_finished_is_discarded(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     save(path, "one", write_file)
-    temporary_name(path).write_text("tw")
-    discard(path)
-    discard(path)
+    temporary = temporary_name(path)
+    temporary.write_text("tw")
+    discard(temporary)
+    discard(temporary)
     assert fault(path) == "" and len(list(tmp_path.iterdir())) == 2
 
 
@@ -154,9 +157,10 @@ def test_the_newest_is_the_one_that_was_written_last_by_any_clock(tmp_path: Path
     save(folder / "first.ckpt", "one", write_file, step=1)
     places = (folder / "last.ckpt", folder / "best.ckpt", tmp_path / "hpc_ckpt_1.ckpt", folder / "last.ckpt")
     for step, path in enumerate(places, start=2):
-        write_file(temporary_name(path), str(step))
-        sums = file_sums(temporary_name(path), path.name)
-        publish(path, Manifest(step, sums, written_ns=time.time_ns() - 3_600 * 10**9))
+        temporary = temporary_name(path)
+        write_file(temporary, str(step))
+        sums = file_sums(temporary, path.name)
+        publish(temporary, path, Manifest(step, sums, written_ns=time.time_ns() - 3_600 * 10**9))
         found = newest([folder, tmp_path])
         assert found is not None and (found.path, found.manifest.step) == (path, step)
 

@@ -4,6 +4,7 @@ Shape suffixes: B rows, T tokens.
 """
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from encoders.stored import StoredLinear
 from encoders.tuning import LoRA, Tune
 from lightning_modules.checkpoints import CheckpointFile, RunCheckpoint
 from lightning_modules.part_table import _describe
+from models.branches import why_no_packs
 from models.checkpoint import fingerprints, read_checkpoint
 from models.language import LanguageModel
 from models.lean import GatedMLP
@@ -169,6 +171,11 @@ class TestQuantised:
         packed = [p for p in quantised.parameters() if stored_type(p) == "nf4"]
         assert sum(p.numel() for p in packed) * 2 == sum(map(num_weights, packed))
         assert _describe("x", built(wide_llm, quantize="int8"), [])["dtype"] == "float32 + int8"
+
+    def test_int8_takes_no_packs_and_it_is_said_why(self, wide_llm: Path) -> None:
+        packs = {kind: built(wide_llm, quantize=kind) for kind in ("nf4", "int8")}
+        assert packs["nf4"].takes_packs and not packs["int8"].takes_packs
+        assert re.search(r"\(in the int8 .* depends on the others of its batch\).*quantize to nf4", why_no_packs(packs["int8"]))
 
     def test_looking_at_it_in_evaluation_keeps_its_gradients(self, wide_llm: Path) -> None:
         looked, other = built(wide_llm, quantize="nf4"), built(wide_llm, quantize="nf4")
