@@ -14,6 +14,7 @@ from lightning_modules.idle_parts import touch_idle_parts, used_parts
 from lightning_modules.loss_scale import scaler_of, take_scale_off
 from lightning_modules.measuring import MeasuringLitModule
 from lightning_modules.optim import clip_gradients
+from lightning_modules.strategies import ShardedStrategy
 from lightning_modules.zero import ZeroStrategy
 from models.checkpoint import fingerprints
 from models.flat import average
@@ -95,7 +96,8 @@ class SpreadLitModule(MeasuringLitModule):
         language_model = self.model.language_model
         _ = language_model.takes_branches, language_model.takes_packs  # are tried out, while the weights are whole
         if self.device_mesh is not None:
-            parallelize(self.model, self.device_mesh)
+            strategy = self.trainer.strategy
+            parallelize(self.model, self.device_mesh, isinstance(strategy, ShardedStrategy) and strategy.offload)
         elif self.is_flat:
             check_not_quantised(self.model)
         elif self.zero is not None and (self.trainer.training or self.zero.stage == 3):

@@ -16,7 +16,7 @@ from lightning_modules.checkpoints import CannotSaveError
 from lightning_modules.loss_scale import scaler_of
 from lightning_modules.run_folder import cannot_write
 from models.manifest import Manifest, discard, fault, file_sums, publish, temporary_name
-from models.spread import are_mixed, spread_like, whole
+from models.spread import are_mixed, is_spread, spread_like, whole
 
 METADATA = "meta.pt"
 """Lightning's name for what is no tensor, in a checkpoint that is a folder."""
@@ -35,6 +35,8 @@ class ShardedStrategy(ModelParallelStrategy):
         save_distributed_checkpoint: Write a folder to which each process adds its shard, instead of one file that the first
             process gathers. Any number of processes can go on from it; to use or evaluate the model, or to start another run of
             it, make it one file: `python -m lightning.fabric.utilities.consolidate_checkpoint <folder>`.
+        offload: Keep shards, of weights, gradients and the optimizer's state, in the memory of the machine, and compute its step
+            there; the device has what is gathered, and what is frozen outside of the layers.
     """
 
     def __init__(
@@ -43,16 +45,18 @@ class ShardedStrategy(ModelParallelStrategy):
         data_parallel_size: Literal["auto"] | int = "auto",
         tensor_parallel_size: Literal["auto"] | int = 1,
         save_distributed_checkpoint: bool = False,
+        offload: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, *args, **kwargs)
+        self.offload = offload
 
     @property
     def lightning_restore_optimizer(self) -> bool:
         return True
 
     def setup_environment(self) -> None:
-        """Settles the sizes, of which Lightning would make `auto` the number of machines.
+        """Settles the sizes, of which Lightning would make `auto` the number of machines, and what the processes talk by.
 
         Raises:
             ValueError: They do not fit the number of devices.
@@ -65,8 +69,25 @@ class ShardedStrategy(ModelParallelStrategy):
                 f"trainer.strategy: {devices} devices cannot be {groups} groups (data_parallel_size) of {split} "
                 "(tensor_parallel_size): the product must be the number of devices"
             )
+        if self.offload and groups == 1:
+            raise ValueError(
+                "trainer.strategy.offload is true, but with data_parallel_size 1 there are no shards to keep in the memory of "
+                "the machine: set it to false, or take more devices"
+            )
         self._tensor_parallel_size, self._data_parallel_size = split, groups
+        if self.offload and self._process_group_backend is None and self.root_device.type == "cuda":
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # gradients are clipped, and checkpoints gathered, on processors
         super().setup_environment()
+
+    def model_to_device(self) -> None:
+        """Moves what is on the processor to the device, but for shards that are to stay there."""
+        if not self.offload:
+            super().model_to_device()
+            return
+        assert self.model is not None
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if not is_spread(tensor):
+                tensor.data = tensor.data.to(self.root_device)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Makes the optimizer, where it takes the weights one by one if it has to.

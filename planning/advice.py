@@ -101,6 +101,8 @@ def _smaller_weights(run: Run) -> Iterator[Change]:
     if placement.replicas > 1 and not is_spread and language_model.quantize is None:
         sharded = replace(placement, is_sharded=True, has_buckets=False)
         yield "--config configs/strategy/fsdp.yaml", replace(run, placement=sharded)
+    if placement.is_sharded and placement.zero is None and placement.flat is None and not placement.offload:
+        yield "--trainer.strategy.offload true", replace(run, placement=replace(placement, offload=True))
     if placement.zero is not None:
         yield from _smaller_shares(run, placement, placement.zero)
     if is_frozen and language_model.dtype == "float32" and language_model.quantize is None:

@@ -78,6 +78,27 @@ class Gradients:
         """After it."""
 
 
+class OffloadedGradients(Gradients):
+    """Those of a device whose shards are in the memory of the machine (FSDP2), where the optimizer steps, too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.host = Allocations(self.allocations.mode)
+        self.host.forget(self.weights)
+
+    @property
+    def on_host(self) -> Counter[str]:
+        return apart(self.host.at_peak, self.host.held[STATES])
+
+    def update(self) -> None:
+        with self.host:
+            with self.host.kept_for(GRADIENTS, self.share):
+                for weight in self.weights:
+                    weight.grad = weight.new_empty(weight.shape)
+            self.step(self.host)
+        self.allocations.watch_gradients(self.weights, 0.0)
+
+
 def apart(at_peak: Counter[str], states: float) -> Counter[str]:
     """Whole bytes by kind, what a step of the optimizer takes apart from the state that it leaves."""
     found = at_peak.copy()

@@ -29,6 +29,7 @@ class Placement:
         replicas: Devices, or groups of these, that read rows of their own.
         split: Devices of a group, which split each layer between them (tensor parallelism).
         is_sharded: The replicas hold a shard of each layer, of its gradients and of the optimizer's state each (FSDP2).
+        offload: Their shards are in the memory of the machine.
         flat: Of each layer those weights alone, in flat shards, and when a layer is let go of (torch's first FSDP).
         has_buckets: Gradients are copied to be summed up (DDP without `gradient_as_bucket_view`).
         zero: What DeepSpeed's ZeRO keeps where; of stage 3 `is_sharded`, too.
@@ -37,9 +38,15 @@ class Placement:
     replicas: int = 1
     split: int = 1
     is_sharded: bool = False
+    offload: bool = False
     flat: Sharding | None = None
     has_buckets: bool = False
     zero: Zero | None = None
+
+    @property
+    def has_host_shards(self) -> bool:
+        """Whether the shards of weights are in the memory of the machine."""
+        return self.offload or (self.zero is not None and self.zero.offload_parameters)
 
     def __str__(self) -> str:
         ways = []
@@ -104,7 +111,7 @@ def _sharded(options: Namespace, world_size: int, num_nodes: int) -> Placement:
             f"trainer.strategy: {world_size} devices cannot be {groups} groups (data_parallel_size) of {split} "
             "(tensor_parallel_size): the product must be the number of devices; --world_size says how many there will be"
         )
-    return Placement(groups, split, is_sharded=groups > 1)
+    return Placement(groups, split, is_sharded=groups > 1, offload=options.get("offload", False) and groups > 1)
 
 
 def _num_devices(devices: Any) -> int:
@@ -149,8 +156,7 @@ def held_bytes(outline: Outline, placement: Placement) -> Counter[str]:
     whole = 0
     for weight, part in outline.weights.items():
         size, is_shard = outline.num_bytes(weight), _is_shard(weight, layers, placement)
-        on_host = is_shard and placement.zero is not None and placement.zero.offload_parameters
-        held[part] += 0 if on_host else round(size / placement.replicas) if is_shard else size
+        held[part] += 0 if is_shard and placement.has_host_shards else round(size / placement.replicas) if is_shard else size
         whole += size if is_shard and not any(weight in layer for layer in layers) else 0
     held["buffers"] = sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in outline.module.buffers()}.values())
     if placement.zero is not None and placement.is_sharded:
@@ -167,7 +173,7 @@ def held_bytes(outline: Outline, placement: Placement) -> Counter[str]:
 
 def host_bytes(outline: Outline, placement: Placement) -> int:
     """Bytes of its weights that a device has in the memory of the machine."""
-    if placement.zero is None or not placement.zero.offload_parameters:
+    if not placement.has_host_shards:
         return 0
     layers = _layers(outline, placement)
     shards = [outline.num_bytes(weight) for weight in outline.weights if _is_shard(weight, layers, placement)]

@@ -13,7 +13,7 @@ from encoders.base import Part
 from models.language import LanguageModel
 from models.view import View
 from planning.allocations import Allocations
-from planning.gradients import STATES, Gradients, apart
+from planning.gradients import STATES, Gradients, OffloadedGradients, apart
 from planning.outline import Outline
 from planning.placement import ONE_DEVICE, Placement, share
 from planning.zero import ZeroGradients
@@ -77,6 +77,8 @@ def run_step(
 
 
 def _gradients(outline: Outline, allocations: Allocations, accumulates: bool, placement: Placement, on_cpu: bool) -> Gradients:
+    if placement.offload:
+        return OffloadedGradients(outline, allocations, accumulates, True, share(outline, placement))
     if placement.zero is None:
         return Gradients(outline, allocations, accumulates, on_cpu, share(outline, placement))
     is_on_cpu = on_cpu or placement.zero.offload_optimizer

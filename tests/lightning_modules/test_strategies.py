@@ -48,10 +48,11 @@ KINDS = ("i", "", "va", "i", "a", "", "iv", "a", "", "")
 """Of rows, which two processes take in turn: in most batches they have media of other kinds."""
 
 
-def sharded(timeout: timedelta, tensor_parallel_size: int = 1, folder: bool = False) -> Strategy:
+def sharded(timeout: timedelta, tensor_parallel_size: int = 1, folder: bool = False, offload: bool = False) -> Strategy:
     return ShardedStrategy(
         tensor_parallel_size=tensor_parallel_size,
         save_distributed_checkpoint=folder,
+        offload=offload,
         process_group_backend="gloo",
         timeout=timeout,
     )
@@ -261,6 +262,7 @@ HOW: dict[str, tuple[MakeStrategy | None, int]] = {
     "fsdp": (fsdp, 1),
     "flat": (flat, 1),
     "split": (split, 2),
+    "offload": (partial(fsdp, offload=True), 1),
     "fsdp_folder": (partial(fsdp, folder=True), 1),
     "split_folder": (partial(split, folder=True), 2),
 }
@@ -272,14 +274,8 @@ LAST = "run/checkpoints/last.ckpt"
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        *[
-            ("fsdp", "fsdp"),
-            ("one", "fsdp"),
-            ("fsdp", "one"),
-            ("fsdp", "split"),
-            ("fsdp_folder", "split"),
-            ("split_folder", "fsdp"),
-        ],
+        *[("fsdp", "fsdp"), ("one", "fsdp"), ("fsdp", "one"), ("fsdp", "split")],
+        *[("fsdp_folder", "split"), ("split_folder", "fsdp"), ("offload", "offload")],
         *[("flat", "flat"), ("one", "flat"), ("flat", "one"), ("fsdp", "flat")],
     ],
 )
@@ -407,6 +403,13 @@ def test_other_strategies_are_refused(tiny_llm: Path, strategy: type[Strategy], 
     module.trainer._accelerator_connector.strategy = object.__new__(strategy)  # DeepSpeed's needs its package to be made
     with pytest.raises(ValueError, match=message):
         module.configure_model()
+
+
+def test_there_must_be_shards_to_be_offloaded() -> None:
+    strategy = ShardedStrategy(tensor_parallel_size="auto", offload=True)
+    strategy.parallel_devices = [torch.device("cpu")] * 2
+    with pytest.raises(ValueError, match="offload is true, but with data_parallel_size 1 there are no shards"):
+        strategy.setup_environment()
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-mixed"])

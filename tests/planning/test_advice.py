@@ -131,6 +131,10 @@ def test_state_may_be_offloaded(advise_on: Any, make_lit_module: Callable[..., A
     place = [change.flags for change in advice].index("--trainer.strategy.offload_optimizer true")
     before = advice[place - 1].total if place else plan.total
     assert advice[place].total <= before - plan.memory[STATES] - plan.memory[MASTERS]
+    plan, advice, _ = advise_on(module, 0.6, Placement(2, is_sharded=True))
+    place = [change.flags for change in advice].index("--trainer.strategy.offload true")
+    before = advice[place - 1].total if place else plan.total
+    assert advice[place].total <= before - plan.memory[STATES]
 
 
 def test_weights_may_be_cut(

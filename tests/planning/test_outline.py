@@ -21,7 +21,7 @@ from lightning_modules.multimodal import MultiModalLitModule
 from models.language import LanguageModel
 from planning.allocations import GRADIENTS
 from planning.outline import make_outline
-from planning.placement import Placement, check_placement, held_bytes, placement_of
+from planning.placement import Placement, check_placement, held_bytes, host_bytes, placement_of
 from planning.precision import precision_of
 from planning.step import STATES, StepCost, run_step
 from tests.lightning_modules.run_fakes import make_data, write_rows
@@ -113,6 +113,22 @@ def test_a_step_in_numbers(tmp_path: Path, tiny_llm: Path) -> None:
     assert held_bytes(outline, Placement(4, has_buckets=True))["DDP's buckets"] == 4 * number
 
 
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_shards_in_the_memory_of_the_machine(accumulates: bool, tmp_path: Path, tiny_llm: Path) -> None:
+    """A quarter of all weights, gradients and moments; the device has what is gathered, and the gradients of a backward pass."""
+    outline = make_outline(MultiModalLitModule(language_model(tmp_path, tiny_llm, SMALL, tune=Tune(mode="full"))))
+    number = outline.counts().total()
+    here, there = Placement(4, is_sharded=True), Placement(4, is_sharded=True, offload=True)
+    assert not held_bytes(outline, there)["language_model"] and host_bytes(outline, there) == number
+    assert held_bytes(outline, there)["gathered layers"] == held_bytes(outline, here)["gathered layers"]
+    batch = text_batch(num_rows=3, length=400)
+    on_device, cost = (run_step(outline, batch, PRECISION, accumulates, placement) for placement in (here, there))
+    assert cost.on_host[GRADIENTS] == number and cost.on_host[STATES] == pytest.approx(2 * number, rel=1e-3)
+    assert not cost.at_peak[STATES] and not cost.at_peak[GRADIENTS]
+    saved = on_device.at_peak[STATES] + on_device.at_peak[GRADIENTS]
+    assert on_device.at_peak.total() - cost.at_peak.total() == pytest.approx(saved, rel=0.01) and cost.flops == on_device.flops
+
+
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_flat_shards(mode: Any, tmp_path: Path, tiny_llm: Path) -> None:
     """A quarter of the layers, without adapters; all else is whole, with its gradients and states. Two layers are gathered."""
@@ -129,6 +145,15 @@ def test_flat_shards(mode: Any, tmp_path: Path, tiny_llm: Path) -> None:
         trained = 2 * layer // 4 + outside if mode == "full" else adapters
         assert cost.at_peak[GRADIENTS] == pytest.approx(4 * trained)
         assert cost.at_peak[STATES] == pytest.approx(8 * trained, rel=1e-3 if mode == "full" else 0.02)
+
+
+def test_whether_shards_are_offloaded_is_read() -> None:
+    options = Namespace(data_parallel_size="auto", tensor_parallel_size=1, offload=True)
+    strategy = Namespace(class_path="lightning_modules.strategies.ShardedStrategy", init_args=options)
+    trainer = Namespace(devices=4, num_nodes=1, strategy=strategy)
+    assert placement_of(trainer) == Placement(4, is_sharded=True, offload=True)
+    options.tensor_parallel_size = 4
+    assert placement_of(trainer) == Placement(1, split=4), "there are no shards"
 
 
 def test_options_of_flat_shards_are_read() -> None:
