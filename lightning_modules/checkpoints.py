@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_modules.open_epoch import kept_open
 from lightning_modules.run_folder import cannot_write, run_folder, write_text
 from lightning_modules.signals import Signals, StoppedBySignal, requeue
 from models.checkpoint import read_checkpoint
@@ -133,10 +134,10 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves also where the epoch is left in its middle, as by `max_steps`: after this Lightning calls all of it done."""
-        super().on_train_epoch_end(trainer, pl_module)
-        is_whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if not is_whole and not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        with kept_open(trainer) as is_open:
+            super().on_train_epoch_end(trainer, pl_module)
+            if is_open and not self._should_skip_saving_checkpoint(trainer):
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves what was trained since the last checkpoint, and leaves signals to those who had them before."""

@@ -92,7 +92,7 @@ def test_the_same_rows_in_another_place_are_taken(loader: Loader, rows: Path, tm
 def test_other_sizes_than_packs_were_made_of_are_refused(loader: Loader, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture was replaced, or is there at last: the packs of the epoch at hand would be others."""
     sizes = RowSizes(np.full(7, 20, np.int32), np.full(7, 2, np.int32))
-    monkeypatch.setattr("datamodules.loader.row_sizes", lambda *arguments: sizes)
+    monkeypatch.setattr("datamodules.row_sizes.row_sizes", lambda *arguments: sizes)
     packed = {"batching": Batching("packed", max_tokens=64), "batch_size": 1}
     state = json.loads(json.dumps(loader(rows, **packed).state_dict()))
     loader(rows, **packed).load_state_dict(state)
@@ -114,7 +114,7 @@ def test_packs_of_another_version_are_refused_with_what_can_be_done(
     loader: Loader, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = RowSizes(np.full(7, 20, np.int32), np.full(7, 2, np.int32))
-    monkeypatch.setattr("datamodules.loader.row_sizes", lambda *arguments: sizes)
+    monkeypatch.setattr("datamodules.row_sizes.row_sizes", lambda *arguments: sizes)
     options = Batching("packed", max_tokens=64)
     packed, single = {"batching": options, "batch_size": 1}, {"batch_size": 1}
     state = loader(rows, **packed).state_dict()
@@ -148,7 +148,7 @@ def test_the_state_of_many_rows_is_small(
     path, number = tmp_path / "many.jsonl", 100_000
     path.write_text("".join(f'{{"question": "{row}", "answer": "yes"}}\n' for row in range(number)))
     sizes = RowSizes(np.full(number, 20, np.int32), np.zeros(number, np.int32))
-    monkeypatch.setattr("datamodules.loader.row_sizes", lambda *arguments: sizes)
+    monkeypatch.setattr("datamodules.row_sizes.row_sizes", lambda *arguments: sizes)
     large = loader(path, "{question}", batching=Batching("packed"), batch_size=4)
     assert len(take(large, 2)) == 2 and large.row_counts()["trained"] > 800
     assert len(json.dumps(large.state_dict())) < 2_000
