@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import Tensor, empty
+from torch import Tensor, device, empty
 
 from datamodules.batch import IGNORE_INDEX, MODALITIES, Example, MediaItem, Modality, RowError
 from datamodules.conversation import Sample
@@ -110,7 +110,8 @@ class PretrainedProcessor(Processor):
                     "audio": [sound.samples_S for sound in media],
                     "audio_kwargs": {"sampling_rate": self.transform("audio").sample_rate},
                 }
-        made = ready(text=[token * len(media)], return_tensors="pt", return_text_replacement_offsets=True, **options)
+        with device("cpu"):  # a model may be on its way to another one
+            made = ready(text=[token * len(media)], return_tensors="pt", return_text_replacement_offsets=True, **options)
         found = made.pop("text_replacement_offsets", [[]])[0]
         if len(found) != len(media):
             raise ValueError(f"{type(ready).__name__} does not tell what it writes for {modality} media: it is not supported")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
@@ -24,8 +24,12 @@ LOWEST = 1.0
 
 def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
     """What scales the loss of a run; None: nothing does."""
-    plugin = trainer.precision_plugin
-    return plugin.scaler if isinstance(plugin, MixedPrecision) else None
+    return scaler_in(trainer.precision_plugin)
+
+
+def scaler_in(precision: Precision) -> torch.amp.GradScaler | None:
+    """The same of Lightning's plugin for `trainer.precision`."""
+    return precision.scaler if isinstance(precision, MixedPrecision) else None
 
 
 def take_scale_off(trainer: Trainer, optimizer: Optimizer) -> None:

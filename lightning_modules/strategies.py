@@ -1,25 +1,57 @@
 """Strategies for models that do not fit on one device."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_modules.checkpoints import CannotSaveError
-from lightning_modules.loss_scale import scaler_of
+from lightning_modules.loss_scale import scaler_in
 from lightning_modules.run_folder import cannot_write
 from models.manifest import Manifest, discard, fault, file_sums, publish, temporary_name
-from models.spread import are_mixed, is_spread, spread_like, whole
+from models.spread import is_spread, mesh_of, spread_like, whole
 
 METADATA = "meta.pt"
 """Lightning's name for what is no tensor, in a checkpoint that is a folder."""
+
+
+def check_at_a_time(optimizer: Optimizer, kind: Callable[[Tensor], object], precision: Precision, split: int | str) -> None:
+    """Refuses an optimizer, and a scaler, that would compute with weights at a time of which some are split and others not.
+
+    Args:
+        optimizer: The optimizer.
+        kind: What must be the same of weights that torch computes with at a time: over which devices they are spread.
+        precision: Lightning's plugin.
+        split: So many devices split each layer.
+
+    Raises:
+        ValueError: It would.
+    """
+
+    def are_mixed(weights: Iterable[Tensor]) -> bool:
+        return len(set(map(kind, weights))) > 1
+
+    if scaler_in(precision) is not None and are_mixed(x for group in optimizer.param_groups for x in group["params"]):
+        raise ValueError(
+            f"trainer.precision is {precision.precision}, whose scaler looks at all gradients at a time, and with "
+            f"tensor_parallel_size {split} some are split and others not: take bf16-mixed or 32-true, or set "
+            "tensor_parallel_size to 1"
+        )
+    for group in optimizer.param_groups:
+        at_a_time = next((option for option in ("fused", "foreach") if group.get(option)), None)
+        if at_a_time and are_mixed(group["params"]):
+            raise ValueError(
+                f"model.optimizer.{at_a_time} is true, which steps all weights at a time, and with tensor_parallel_size {split} "
+                f"some are split and others not: set model.optimizer.{at_a_time} to false"
+            )
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -96,20 +128,8 @@ class ShardedStrategy(ModelParallelStrategy):
             ValueError: It would take all at a time, of which some are split and others not, or their scaler would.
         """
         super().setup_optimizers(trainer)
-        trained = [weight for optimizer in self.optimizers for group in optimizer.param_groups for weight in group["params"]]
-        if scaler_of(trainer) is not None and are_mixed(trained):
-            raise ValueError(
-                f"trainer.precision is {trainer.precision}, whose scaler looks at all gradients at a time, and with "
-                f"tensor_parallel_size {self._tensor_parallel_size} some are split and others not: take bf16-mixed or 32-true, "
-                "or set tensor_parallel_size to 1"
-            )
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            at_a_time = next((option for option in ("fused", "foreach") if group.get(option)), None)
-            if at_a_time and are_mixed(group["params"]):
-                raise ValueError(
-                    f"model.optimizer.{at_a_time} is true, which steps all weights at a time, and with tensor_parallel_size "
-                    f"{self._tensor_parallel_size} some are split and others not: set model.optimizer.{at_a_time} to false"
-                )
+        for optimizer in self.optimizers:
+            check_at_a_time(optimizer, mesh_of, trainer.precision_plugin, self._tensor_parallel_size)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the model: shards, or on the first process whole tensors, and nothing on the others."""

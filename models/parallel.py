@@ -133,19 +133,38 @@ def split(language_model: LanguageModel, mesh: DeviceMesh) -> None:
     """Splits the decoder's layers across their width, adapters included."""
     from torch.distributed.tensor.parallel import parallelize_module
 
-    plan, config, size = tensor_plan(language_model), language_model.config.get_text_config(), mesh.size()
+    check_split(language_model, mesh.size())
+    for layer in language_model.decoder_layers:
+        parallelize_module(layer, mesh, split_styles(language_model, layer))
+
+
+def check_split(language_model: LanguageModel, size: int) -> None:
+    """Refuses to split the layers of a language model, which need not be built, between so many devices.
+
+    Raises:
+        ValueError: They cannot be, or not between so many.
+    """
+    tensor_plan(language_model)
+    config = language_model.config.get_text_config().to_dict()
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        number = config.to_dict().get(name)
+        number = config.get(name)
         if number is not None and number % size:
             raise ValueError(
                 f"trainer.strategy: tensor_parallel_size {size} does not divide the {number} {name} of "
                 f"{language_model.name_or_path}: take a size that does"
             )
-    for layer in language_model.decoder_layers:
-        styles: dict[str, Any] = {}
-        for name, style in plan.items():
-            styles |= _styles(name, layer.get_submodule(name), style)
-        parallelize_module(layer, mesh, styles)
+
+
+def split_styles(language_model: LanguageModel, layer: nn.Module) -> dict[str, Any]:
+    """How the linear layers of a built decoder layer are split, by their names in it; adapters are among them.
+
+    Raises:
+        ValueError: One has adapters that cannot be split.
+    """
+    styles: dict[str, Any] = {}
+    for name, style in tensor_plan(language_model).items():
+        styles |= _styles(name, layer.get_submodule(name), style)
+    return styles
 
 
 def _styles(name: str, module: nn.Module, style: Style) -> dict[str, Any]:

@@ -29,9 +29,9 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_spread(tensor) else tensor
 
 
-def are_mixed(tensors: Iterable[Tensor]) -> bool:
-    """Whether some are spread and others not, or over other devices: torch computes with no two such tensors at a time."""
-    return len({tensor.device_mesh if is_spread(tensor) else None for tensor in tensors}) > 1
+def mesh_of(tensor: Tensor) -> DeviceMesh | None:
+    """The devices over which a tensor is spread: torch computes with tensors of one mesh at a time. None: it is not spread."""
+    return tensor.device_mesh if is_spread(tensor) else None
 
 
 def whole(tensor: Tensor) -> Tensor:

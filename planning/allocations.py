@@ -53,6 +53,11 @@ class Allocations(TorchDispatchMode):
         """The most bytes at one time."""
         return round(self._peak)
 
+    @property
+    def kind(self) -> str:
+        """What storages that are made now are for."""
+        return self._kinds[-1][0]
+
     @contextmanager
     def kept_for(self, kind: str, share: float = 1.0) -> Iterator[None]:
         """A context in which storages are of this kind, and a device has a share of each."""

@@ -18,8 +18,10 @@ from datamodules.batch import MediaBatch, pad_time
 from encoders.base import Encoder, Part
 from encoders.stored import StoredLinear
 from encoders.tuning import Tune
+from lightning_modules.autocast import check_types
 from models.language import LanguageModel
 from models.multimodal import MultiModalModel
+from models.parallel import check_split, split_styles
 from models.stored import Quantize
 
 if TYPE_CHECKING:
@@ -68,21 +70,23 @@ def make_outline(
         split: So many devices split each layer of the decoder (tensor parallelism): it is that of one of them.
 
     Raises:
-        ValueError: A part cannot be made.
+        ValueError: A part cannot be made, or not be split so.
     """
     module = copy.deepcopy(unbuilt)
     language_model = module.model.language_model
     for part in module.parts().values():
         _leave_weights(part)
     language_model.__class__ = type("Unread", (_Unread, type(language_model)), {})  # as of blocks that are computed again
-    _split(language_model, split)
     module.init_from = None
     with torch.device("meta"):
         module.configure_model()
+    if split > 1:
+        _split(language_model, split)
     for inner in module.modules():
         if isinstance(inner, LanguageModel):
             _ = inner.takes_branches, inner.takes_packs  # is tried out where there are values, and here taken for given
     if precision is not None:
+        check_types(module.parts(), precision.precision)
         precision.convert_module(module)
     _fill(module, mode := FakeTensorMode(allow_non_fake_inputs=True))
     for inner in module.modules():
@@ -166,13 +170,18 @@ def _stored_bytes(module: nn.Module, quantize: Quantize) -> Iterator[tuple[Tenso
 
 
 def _split(language_model: LanguageModel, split: int) -> None:
-    """Gives a language model the layers that one of several devices has: so many heads, so wide a feed-forward layer."""
-    config = language_model.config = copy.deepcopy(language_model.config)
-    text = config.get_text_config()
-    if split > 1:
-        text.head_dim = text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
-        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            setattr(text, name, text.to_dict()[name] // split)
+    """Leaves a language model, on the meta device, what one of several devices has of the weights that they split."""
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    check_split(language_model, split)
+    for layer in language_model.decoder_layers:
+        for name, style in split_styles(language_model, layer).items():
+            linear, is_colwise = layer.get_submodule(name), isinstance(style, ColwiseParallel)
+            for weight in linear.parameters(recurse=False):
+                if is_colwise or weight.ndim > 1:  # the bias of what is split by its inputs is added once
+                    size = list(weight.shape)
+                    size[0 if is_colwise else 1] //= split
+                    weight.data = weight.new_empty(size)
 
 
 def _fill(module: nn.Module, mode: FakeTensorMode) -> None:

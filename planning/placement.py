@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import nn
 
 from lightning_modules.flat_shards import FlatPrecision, FlatShardedStrategy
-from lightning_modules.strategies import ShardedStrategy
+from lightning_modules.optim import parameter_groups
+from lightning_modules.strategies import ShardedStrategy, check_at_a_time
 from lightning_modules.zero import ZeroPrecision, ZeroStrategy
 from models.flat import Sharding, main_kind
-from models.parallel import check_not_quantised, tensor_plan
+from models.language import LanguageModel
+from models.parallel import check_not_quantised, split_styles
 from planning.outline import Outline
 from planning.precision import precision_of
 from planning.zero import GATHERED, Zero, gathered
@@ -123,8 +126,13 @@ def _num_devices(devices: Any) -> int:
     return max(1, torch.cuda.device_count()) if number == -1 else number
 
 
-def check_placement(outline: Outline, placement: Placement) -> None:
+def check_placement(outline: Outline, placement: Placement, precision: Precision | None = None) -> None:
     """Refuses what training refuses.
+
+    Args:
+        outline: The module.
+        placement: How it is to be spread.
+        precision: Lightning's plugin; None: that of 32-true.
 
     Raises:
         ValueError: A model cannot be spread so.
@@ -133,7 +141,16 @@ def check_placement(outline: Outline, placement: Placement) -> None:
         outline.module.check_spread(placement.zero is not None)
         check_not_quantised(outline.module.model)
     if placement.split > 1:
-        tensor_plan(outline.module.model.language_model)
+        split = _split_weights(outline.module.model.language_model)
+        optimizer = outline.module.optimizer(parameter_groups(outline.module.parts()))
+        check_at_a_time(optimizer, lambda weight: weight in split, precision or precision_of(None), placement.split)
+
+
+def _split_weights(language_model: LanguageModel) -> set[nn.Parameter]:
+    """The weights that tensor parallelism splits."""
+    layers = language_model.decoder_layers
+    modules = (layer.get_submodule(name) for layer in layers for name in split_styles(language_model, layer))
+    return {weight for module in modules for weight in module.parameters()}
 
 
 def share(outline: Outline, placement: Placement) -> float:

@@ -101,7 +101,7 @@ def plan_run(run: Run) -> Plan:
     epoch = plan_epoch(run.datamodule, run.trainer, placement.replicas)
     on_cpu = run.device.context_gib == 0
     outline = make_outline(run.model, precision, on_cpu, placement.split)
-    check_placement(outline, placement)
+    check_placement(outline, placement, precision)
     held = held_bytes(outline, placement)
     cost, flops_a_place, on_host = Counter[str](), 0.0, Counter[str]()
     for planned in dict.fromkeys((epoch.largest[0], epoch.most_encoded)):

@@ -1,9 +1,12 @@
 """One step of training on a batch, without values: what it allocates, and how many operations it takes."""
 
+import traceback
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
@@ -51,6 +54,9 @@ def run_step(
         accumulates: A step has several batches: this is its last one.
         placement: How the model is spread over devices, which says what a device has of gradients and states.
         on_cpu: It is to run on a CPU, where optimizers take one weight after the other.
+
+    Raises:
+        ValueError: A part does what cannot be done without values.
     """
     module = outline.module
     allocations = Allocations(outline.mode, module.model.language_model.config.get_text_config().vocab_size)
@@ -60,14 +66,17 @@ def run_step(
     hooks = [hook for name, part in module.parts().items() for hook in _name_kind(allocations, name, part)]
     gradients.update()
     states = allocations.held[STATES]
-    with allocations:
-        with gradients.forward(), precision.forward_context():
-            result = module.step(batch, "train")
-        assert result is not None, "the batch has rows"
-        gradients.begin()
-        with allocations.kept_for("backward pass"):
-            result[0].sum().backward()  # an objective may have several terms
-        gradients.end()
+    try:
+        with allocations:
+            with gradients.forward(), precision.forward_context():
+                result = module.step(batch, "train")
+            assert result is not None, "the batch has rows"
+            gradients.begin()
+            with allocations.kept_for("backward pass"):
+                result[0].sum().backward()  # an objective may have several terms
+            gradients.end()
+    except RuntimeError as error:  # of many kinds, where a number is asked of a tensor without values
+        raise ValueError(_where_it_stops(error, allocations)) from error
     for hook in hooks:
         hook.remove()
     at_peak = apart(allocations.at_peak, states) + gradients.beside
@@ -85,11 +94,24 @@ def _gradients(outline: Outline, allocations: Allocations, accumulates: bool, pl
     return ZeroGradients(outline, allocations, accumulates, is_on_cpu, zero=placement.zero, number=placement.replicas)
 
 
+def _where_it_stops(error: RuntimeError, allocations: Allocations) -> str:
+    """Why a step cannot be run on shapes alone: in which part, and at which line of it."""
+    passed = (Path(torch.__file__).parent, Path(__file__).parent)
+    frames = [x for x in traceback.extract_tb(error.__traceback__) if not any(map(Path(x.filename).is_relative_to, passed))]
+    last, [reason, *_] = frames[-1], [*str(error).splitlines(), ""]
+    return (
+        f"plan runs a step on tensors without values, which stops at {last.filename}:{last.lineno} (`{last.line}`), in the "
+        f"{allocations.kind}: {reason}. Numbers cannot be read off such tensors, as float(x), x.numpy() or x[mask] do: keep "
+        "them tensors there. A fit needs no plan"
+    )
+
+
 def _faked(batch: Batch, outline: Outline, allocations: Allocations) -> Any:
     """A batch whose pixels and sounds have no values."""
 
     def fake(x: Any) -> Any:
-        return outline.mode.from_tensor(x) if isinstance(x, Tensor) and x.is_floating_point() else x
+        has_content = isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1
+        return outline.mode.from_tensor(x) if has_content else x  # positions are counted from what is a number of each medium
 
     faked = {name: tree_map(fake, value) if name in MODALITIES else value for name, value in batch.items()}
     allocations.forget(x for x in tree_flatten(faked)[0] if isinstance(x, Tensor))

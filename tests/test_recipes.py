@@ -150,6 +150,28 @@ OVERLAY_NAMES = sorted(
 """Those of `strategy` want several processes: tests/lightning_modules/test_strategies.py has them."""
 
 
+class Folders(dict[str, Path]):
+    """What stands for a name in braces.
+
+    Args:
+        path: Where rows are written, when they are first asked for.
+        model_folder: The fixture.
+    """
+
+    def __init__(self, path: Path, model_folder: Callable[[str], Path]) -> None:
+        super().__init__()
+        self.path, self.model_folder = path, model_folder
+
+    def __missing__(self, name: str) -> Path:
+        if name not in ROWS:
+            return self.model_folder(name)
+        folder = self.path / name
+        if not folder.exists():
+            folder.mkdir()
+            write_media_rows(folder / "rows.jsonl", [ROWS[name]] * 12)
+        return folder
+
+
 Train = Callable[[Sequence[str], Flags], Path]
 
 
@@ -160,19 +182,9 @@ def train(tmp_path: Path, model_folder: Callable[[str], Path], monkeypatch: pyte
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
 
-    class Folders(dict[str, Path]):
-        def __missing__(self, name: str) -> Path:
-            if name not in ROWS:
-                return model_folder(name)
-            folder = tmp_path / name
-            if not folder.exists():
-                folder.mkdir()
-                write_media_rows(folder / "rows.jsonl", [ROWS[name]] * 12)
-            return folder
-
     def run(configs: Sequence[str], flags: Flags) -> Path:
         given = {"trainer.default_root_dir": str(tmp_path / "run"), **SHORT, **flags}
-        options = [f"--{name}={value.format_map(Folders())}" for name, value in given.items()]
+        options = [f"--{name}={value.format_map(Folders(tmp_path, model_folder))}" for name, value in given.items()]
         cli = main(["fit", *(f"--config=configs/{config}.yaml" for config in configs), *options])
         assert cli.trainer.global_step >= 1
         assert math.isfinite(cli.trainer.callback_metrics["train/loss"])
