@@ -58,7 +58,7 @@ class Part(nn.Module):
         if "args" in given:
             raise TypeError(f"{cls.__name__} takes its options by keyword, got {len(given['args'])} without a name")
         # defaults are remembered too: a checkpoint must not change when a default does
-        part.__dict__["options"] = _defaults(cls) | given
+        part.__dict__["options"] = option_defaults(cls) | given
         return part
 
     def __init__(self, tune: Tune) -> None:
@@ -231,7 +231,7 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _defaults(cls: type[Part]) -> dict[str, Any]:
+def option_defaults(cls: type) -> dict[str, Any]:
     """Defaults of the constructor's options, those that it hands on to its parents included."""
     defaults: dict[str, Any] = {}
     for parent in cls.__mro__:

@@ -139,6 +139,9 @@ class OmniLitCLI(LightningCLI):
                 self._instantiate_model_and_data(self.subcommand)
             else:
                 super().instantiate_classes()
+                path = self.config_init[self.subcommand].get("ckpt_path") if self.subcommand is not None else None
+                if path is not None and Path(path).exists():  # else it is `last`, of a run that begins anew
+                    self.model.goes_on_from = Path(path)
         except (ValueError, MisconfigurationException) as error:
             raise ValueError(reason(error)) from error
 

@@ -123,7 +123,7 @@ def _options(cls: Any, prefix: str = "") -> Iterator[str]:
     if not inspect.isclass(cls):
         return
     for parent in cls.__mro__[:-1]:
-        for parameter in inspect.signature(parent).parameters.values():
+        for parameter in inspect.signature(vars(parent).get("__init__", parent)).parameters.values():
             yield f"{prefix}{parameter.name}"
             for kind in (parameter.annotation, *get_args(parameter.annotation)):
                 if dataclasses.is_dataclass(kind):

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from datamodules.answer_form import AnswerForm
 from datamodules.batch import Batch
 from datamodules.cache import CacheOptions
 from datamodules.prompt_options import PromptOptions
-from encoders.base import Encoder, Part, Projector
+from encoders.base import Encoder, Projector
 from lightning_modules.answer_metrics import answer_values, media_gains
 from lightning_modules.feature_cache import report, share_features
 from lightning_modules.losses import AnswerScores, cross_entropy, score_answers, supervised, supervised_rows
@@ -24,17 +23,17 @@ from lightning_modules.measuring import Stage
 from lightning_modules.non_finite import OnNonFinite
 from lightning_modules.optim import WarmupCosine, parameter_groups, scheduled
 from lightning_modules.processors import make_processor
+from lightning_modules.resume import ResumableLitModule
 from lightning_modules.run_state import StepStart, add_place, check_processor, set_rng_state, take_place
-from lightning_modules.spread import SpreadLitModule
 from lightning_modules.step_loss import StepLoss
-from models.checkpoint import check_options, load_saved, saved_names, start_from
+from models.checkpoint import check_options, load_saved, saved_names
 from models.fusion import Fusion
 from models.language import Generation, LanguageModel
 from models.media_shuffle import rows_with_other_media, shuffle_media
 from models.multimodal import EncodedMedia, MultiModalModel
 
 
-class MultiModalLitModule(SpreadLitModule):
+class MultiModalLitModule(ResumableLitModule):
     """Trains encoders, projectors and a language model to give the answers of the rows.
 
     What trains, and how fast, is said by each part's own `tune`. Validation and test log the metrics of `answer_metrics`, over
@@ -96,7 +95,6 @@ class MultiModalLitModule(SpreadLitModule):
         self.generation, self.feature_cache = generation, feature_cache
         self.init_from, self.on_non_finite = init_from, on_non_finite
         self.strict_loading = False  # load_state_dict below is stricter: exactly what a checkpoint must hold
-        self._warm_started: set[str] = set()
         self._rng: Mapping[str, Any] | None = None
         self._step_start: StepStart | None = None
         self._step_loss = StepLoss(on_non_finite)
@@ -108,6 +106,7 @@ class MultiModalLitModule(SpreadLitModule):
 
     def setup(self, stage: str) -> None:
         """Tells the data side where features are kept, and what a step counts."""
+        super().setup(stage)
         share_features(self.model, self.processor, self.feature_cache, self.trainer)
         self._step_loss.prepare(self.trainer, self.counts)
 
@@ -118,14 +117,7 @@ class MultiModalLitModule(SpreadLitModule):
     def build_model(self) -> None:
         """Makes the weights; a subclass adds what it needs besides, before they may be spread over devices."""
         self.model.build(self.processor.chat.media_ids)
-        if self.init_from is not None:
-            self._warm_started, fresh = start_from(self.model, self.init_from)
-            parts = sorted({name.split(".")[0] for name in fresh})
-            rank_zero_info(f"{len(self._warm_started)} weights from {self.init_from}; new: {', '.join(parts) or 'nothing'}")
-
-    def parts(self) -> dict[str, Part]:
-        """The parts of the model by their path."""
-        return self.model.parts()
+        self.start()
 
     def model_spec(self) -> dict[str, Any]:
         """The composed model as JSON, without weights."""
@@ -240,7 +232,7 @@ class MultiModalLitModule(SpreadLitModule):
         checkpoint["processor"] = self.processor.files()
         self.take_fingerprints()
         checkpoint["fingerprints"] = self._fingerprints
-        checkpoint["warm_started"] = sorted(self._warm_started)
+        super().on_save_checkpoint(checkpoint)
         add_place(checkpoint, self.trainer, self._step_start)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -248,14 +240,14 @@ class MultiModalLitModule(SpreadLitModule):
 
         Raises:
             ValueError: A part has another option than in the run that wrote the checkpoint, or training would go on with
-                other examples.
+                another objective or optimizer, or other examples.
         """
+        super().on_load_checkpoint(checkpoint)
         check_options(self.model.spec()["parts"], checkpoint["model"]["parts"])
         resumes = self._trainer is not None and self._trainer.training
         check_processor(self.processor, checkpoint["processor"], resumes)
         self._rng = take_place(checkpoint, self.trainer) if resumes else None
         self._fingerprints = checkpoint["fingerprints"]
-        self._warm_started = set(checkpoint["warm_started"])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads the weights of a checkpoint of this very run.

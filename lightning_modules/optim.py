@@ -9,7 +9,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -86,7 +86,8 @@ class WarmupCosine(LRScheduler):
     (SGDR without restarts, Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5). Up to `total_steps` this is
     `get_cosine_with_min_lr_schedule_with_warmup` of transformers. A run shorter than its warm-up ends on the ramp.
 
-    The state holds where the schedule stands, not its options: a resumed run that is made longer decays to the new end.
+    The state holds where the schedule stands, not its options: a resumed run that is made longer or shorter goes on along the
+    curve of a run that has been so long from its beginning, at once.
 
     Args:
         optimizer: Its groups keep the proportions of their learning rates.
@@ -115,16 +116,31 @@ class WarmupCosine(LRScheduler):
 
     def get_lr(self) -> list[Any]:
         """The learning rate of each group at the present step."""
-        factor = self._factor(self.last_epoch)
+        factor = warmup_cosine(self.last_epoch, **self.curve())
         return [base_lr * factor for base_lr in self.base_lrs]
+
+    def curve(self) -> dict[str, Any]:
+        """The options, which say what `warmup_cosine` is at each step."""
+        return {"total_steps": self.total_steps, "warmup_steps": self.warmup_steps, "min_ratio": self.min_ratio}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule stands."""
-        options = {"total_steps", "warmup_steps", "min_ratio"}
-        return {name: value for name, value in super().state_dict().items() if name not in options}
+        return {name: value for name, value in super().state_dict().items() if name not in self.curve()}
 
-    def _factor(self, step: int) -> float:
-        if step < self.warmup_steps:
-            return step / self.warmup_steps
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
-        return self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up where a schedule stood, whose optimizer has been restored; the next step has the rate of this curve."""
+        super().load_state_dict(state_dict)
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+
+def warmup_cosine(step: int, total_steps: int, warmup_steps: int, min_ratio: float) -> float:
+    """The share of the full learning rate that a step has, counted from 0; see `WarmupCosine`."""
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

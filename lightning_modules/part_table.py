@@ -26,25 +26,29 @@ class PartTable(Callback):
     """Shows what trains when a fit starts, and keeps it as `parts.json` in the run folder."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Shows the table, and warns of a learning rate that was asked for in vain.
+        """Shows the table, as it is asked for, and warns of a learning rate that was asked for in vain.
 
         Raises:
             ValueError: A part has no weights to train though it should, or nothing trains.
         """
         parts = cast("MultiModalLitModule", pl_module).parts()
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        rows = [_describe(name, part, groups) for name, part in parts.items()]
+        rows = _rows(trainer, parts)
         if problem := _problem_of_parts(rows):
             raise ValueError(problem)
         if trainer.is_global_zero:
             from rich import get_console
 
             get_console().print(_table(rows))
-            write_account(trainer, "parts.json", json.dumps(rows, indent=2) + "\n")
         strategy = trainer.strategy
         for optimizer in [strategy.optimizer] if isinstance(strategy, ZeroStrategy) else trainer.optimizers:
             if warning := unused_lr(parts, optimizer.defaults.get("lr")):
                 rank_zero_warn(warning)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the table; a resumed run has the optimizer of its checkpoint by now."""
+        if trainer.is_global_zero:
+            rows = _rows(trainer, cast("MultiModalLitModule", pl_module).parts())
+            write_account(trainer, "parts.json", json.dumps(rows, indent=2) + "\n")
 
 
 def unused_lr(parts: dict[str, Part], lr: float | None) -> str:
@@ -64,11 +68,16 @@ def unused_lr(parts: dict[str, Part], lr: float | None) -> str:
     )
 
 
+def _rows(trainer: Trainer, parts: dict[str, Part]) -> list[dict[str, Any]]:
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return [_describe(name, part, groups) for name, part in parts.items()]
+
+
 def _default_lr() -> float:
     """The optimizer's own learning rate where nobody sets one."""
     from lightning_modules.multimodal import MultiModalLitModule
 
-    default = inspect.signature(MultiModalLitModule).parameters["optimizer"].default
+    default = inspect.signature(MultiModalLitModule.__init__).parameters["optimizer"].default
     return default([nn.Parameter(torch.zeros(1))]).defaults["lr"]
 
 

@@ -73,7 +73,7 @@ class RewardLitModule(PreferenceLitModule):
         for weight in self.model.language_model.head.parameters():
             if weight not in embedded:  # nothing of the loss passes the language model's own head
                 weight.requires_grad_(False)
-        if self.init_from is not None and HEAD in (checkpoint := read_checkpoint(self.init_from)):
+        if self.init_from is not None and self.goes_on_from is None and HEAD in (checkpoint := read_checkpoint(self.init_from)):
             self.reward_head.load_state_dict(checkpoint[HEAD])
             rank_zero_info(f"the reward head too is from {self.init_from}")
 

@@ -53,6 +53,13 @@ class Counts:
         rows, media, seen, *of_sources = ({name: next(total) for name in column} for column in columns)
         return type(self)(rows, media, seen, dict(zip(self.sources, of_sources, strict=True)))
 
+    def untrained(self) -> Self:
+        """The same rows, of which none has been reached."""
+        accounts = (self.rows, *self.sources.values())
+        rows, *sources = (dict.fromkeys(each, 0) | dict.fromkeys(("rows", "not_reached"), each["rows"]) for each in accounts)
+        media, seen = (dict.fromkeys(column, 0) for column in (self.media, self.seen))
+        return type(self)(rows, media, seen, dict(zip(self.sources, sources, strict=True)))
+
     def line(self, modalities: Collection[Modality]) -> str:
         """The last epoch in a line, with the media of these modalities and of any other that was met."""
         named = [f"{count:,} {name}" for name, count in self.media.items() if count or name in modalities]
@@ -68,7 +75,8 @@ class RunSummary(Callback):
 
     Rows and media are those of the last epoch. An encoder that no row of the whole fit had media for earns a warning; not so in a
     fit that was resumed after its first epoch, since checkpoints know the media of one epoch. A run that was killed between its
-    last checkpoint and its end is summed up when it is resumed, without time, memory and metrics, which went with its process.
+    last checkpoint and its end is summed up when it is resumed, without time, memory and metrics, which went with its process. A
+    fit of another folder that finds nothing left to do has trained no row.
     """
 
     def __init__(self) -> None:
@@ -95,9 +103,12 @@ class RunSummary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sums a complete fit up, also one that had nothing left to do."""
-        if self._started is None and trainer.global_step and not _is_summed_up(trainer):
-            self._saw_all = False
-            self._counts = self._own_counts(trainer).add_up(trainer)
+        if self._started is None and trainer.global_step:
+            rank_zero_info(_nothing_left(trainer))
+            if not _is_summed_up(trainer):
+                self._saw_all = False
+                counts = self._own_counts(trainer)
+                self._counts = (counts if _is_of_this_run(trainer) else counts.untrained()).add_up(trainer)
         self._write(trainer, pl_module, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -166,6 +177,20 @@ def _is_summed_up(trainer: Trainer) -> bool:
     if trainer.is_global_zero and path.is_file():
         summary = json.loads(path.read_text(encoding="utf-8"))
     return trainer.strategy.broadcast(summary == summary | {"status": "finished", "steps": trainer.global_step})
+
+
+def _is_of_this_run(trainer: Trainer) -> bool:
+    """Whether the checkpoint that a fit went on from lies in its run folder."""
+    path = trainer.ckpt_path
+    return path is not None and Path(path).resolve().is_relative_to(run_folder(trainer).resolve())
+
+
+def _nothing_left(trainer: Trainer) -> str:
+    return (
+        f"no step was left to make, and none was made: the checkpoint is of step {trainer.global_step:,}, epoch "
+        f"{trainer.current_epoch:,}, and the run ends there (trainer.max_epochs {trainer.max_epochs}, trainer.max_steps "
+        f"{trainer.max_steps}). To train on, raise them"
+    )
 
 
 def _account(name: str, rows: dict[str, int]) -> str:

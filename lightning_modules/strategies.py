@@ -15,12 +15,11 @@ from torch.optim import Optimizer
 
 from lightning_modules.checkpoints import CannotSaveError
 from lightning_modules.loss_scale import scaler_in
+from lightning_modules.recipe import keep_how_computed
 from lightning_modules.run_folder import cannot_write
+from models.checkpoint import METADATA
 from models.manifest import Manifest, discard, fault, file_sums, publish, temporary_name
 from models.spread import is_spread, mesh_of, spread_like, whole
-
-METADATA = "meta.pt"
-"""Lightning's name for what is no tensor, in a checkpoint that is a folder."""
 
 
 def check_at_a_time(optimizer: Optimizer, kind: Callable[[Tensor], object], precision: Precision, split: int | str) -> None:
@@ -198,6 +197,10 @@ class ShardedStrategy(ModelParallelStrategy):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
         assert self.model is not None
+        checkpoint: dict[str, Any] = torch.load(path / METADATA, map_location="cpu", weights_only=True)
+        module = cast("Any", self.lightning_module)
+        if module.trainer.training:
+            module.check_recipe(checkpoint)  # before the state of another optimizer is looked for
         held = {keys[:3] for keys in dcp.FileSystemReader(path).read_metadata().planner_data.values()}
         shards: dict[str, Any] = {"state_dict": {name.removeprefix("model."): x for name, x in self._saved().items()}}
         for number, optimizer in enumerate(self.optimizers):
@@ -210,8 +213,8 @@ class ShardedStrategy(ModelParallelStrategy):
         dcp.load(shards, checkpoint_id=path)
         some = StateDictOptions(strict=False)
         for number, optimizer in enumerate(self.optimizers):
+            keep_how_computed(shards[f"optimizer_{number}"]["param_groups"], optimizer.param_groups)
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=shards[f"optimizer_{number}"], options=some)
-        checkpoint: dict[str, Any] = torch.load(path / METADATA, map_location="cpu", weights_only=True)
         return checkpoint | {"state_dict": shards["state_dict"], "optimizer_states": []}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+METADATA = "meta.pt"
+"""Lightning's name for what is no tensor, in a checkpoint that is a folder."""
+
 KEYS = {"state_dict", "model", "fingerprints"}
 DAMAGE = (zipfile.BadZipFile, zlib.error, UnpicklingError, RuntimeError, ValueError, OSError, EOFError)
 """What zipfile and torch raise for a damaged or foreign file."""
@@ -105,6 +108,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not set(checkpoint) >= KEYS:
         raise ValueError(f"{path} is a torch file but no checkpoint of this project: it lacks {', '.join(sorted(KEYS))}")
     return checkpoint
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds that is no tensor; those of a file stay on the disk.
+
+    Raises:
+        ValueError: There is no such file, or it is no checkpoint of ours.
+    """
+    try:
+        found = torch.load(path / METADATA if path.is_dir() else path, map_location="cpu", mmap=True, weights_only=True)
+    except DAMAGE:
+        return {} if path.is_dir() else read_checkpoint(path)  # who loads a folder says what is wrong with it
+    return found if isinstance(found, dict) else {}
 
 
 def _damaged_entry(path: Path) -> str | None:

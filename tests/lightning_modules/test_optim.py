@@ -129,10 +129,21 @@ class TestWarmupCosine:
         rates(optimizer, schedule, 5)
         longer = optimizer_of(1.0)
         longer_schedule = WarmupCosine(longer, 40, 0)
-        longer_schedule.load_state_dict(schedule.state_dict())
         longer.load_state_dict(optimizer.state_dict())
+        longer_schedule.load_state_dict(schedule.state_dict())
         got = [lr for (lr,) in rates(longer, longer_schedule, 36)]
-        assert got[1:] == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 40)) for step in range(6, 41)])
+        assert got == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 40)) for step in range(5, 41)])
+
+    def test_so_does_one_whose_rate_is_a_tensor(self) -> None:
+        optimizer, longer = (optimizer_of(torch.tensor(1.0), torch.tensor(0.5)) for _ in range(2))  # type: ignore[arg-type]
+        schedule, longer_schedule = WarmupCosine(optimizer, 4, 0), WarmupCosine(longer, 8, 0)
+        for _ in range(4):
+            optimizer.step()
+            schedule.step()
+        assert [float(group["lr"]) for group in optimizer.param_groups] == [0.0, 0.0]
+        longer.load_state_dict(optimizer.state_dict())
+        longer_schedule.load_state_dict(schedule.state_dict())
+        assert [float(group["lr"]) for group in longer.param_groups] == pytest.approx([0.5, 0.25])
 
     @pytest.mark.parametrize(
         ("total", "warmup", "min_ratio", "message"),

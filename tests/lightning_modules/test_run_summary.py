@@ -154,6 +154,32 @@ def test_a_run_that_was_killed_after_its_last_step_is_summed_up_when_it_is_resum
     assert read(tmp_path) | known == read(tmp_path)
 
 
+def test_a_fit_with_nothing_left_to_do_says_so_and_claims_no_rows(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    """Of its own folder it sums the run up, as above; into another it has brought none."""
+
+    class Mixture(FakeData):
+        def source_counts(self) -> dict[str, dict[str, int]]:
+            return {"web": self.row_counts()}
+
+    saves = ModelCheckpoint(tmp_path / "run/checkpoints", save_last=True)
+    trainer = make_trainer(tmp_path / "run", [RunSummary(), saves], enable_checkpointing=True, max_epochs=2)
+    trainer.fit(FakeModule(), datamodule=Mixture([good_batch()] * 3))
+    assert "no step was left" not in log.text
+    resumed: dict[str, Any] = {"ckpt_path": tmp_path / "run/checkpoints/last.ckpt", "weights_only": True}
+    make_trainer(tmp_path / "other", [RunSummary()], max_epochs=2).fit(
+        FakeModule(), datamodule=Mixture([good_batch()] * 3), **resumed
+    )
+    assert "no step was left to make, and none was made: the checkpoint is of step 6, epoch 2" in log.text
+    summary, none = read(tmp_path / "other"), {"rows": 3000, "trained": 0, "skipped": 0, "not_reached": 3000}
+    assert summary | none | {"status": "finished", "steps": 6, "sources": {"web": none}} == summary
+    assert summary["media"] == {"image": 0, "video": 0, "audio": 0}
+    log.clear()
+    make_trainer(tmp_path / "run", [RunSummary()], max_epochs=2).fit(
+        FakeModule(), datamodule=Mixture([good_batch()] * 3), **resumed
+    )
+    assert "no step was left to make" in log.text and read(tmp_path / "run")["trained"] == 2980
+
+
 @pytest.mark.parametrize("max_steps", [6, 9])
 def test_an_encoder_that_may_have_had_media_in_an_earlier_epoch_is_not_named(tmp_path: Path, max_steps: int) -> None:
     """Only the last epoch is known of a fit that was killed in its second epoch; it goes on for as long, or for another one."""
