@@ -242,13 +242,12 @@ class TestCheckpoints:
             assert same(run(f"then-{stopped_after}", resume=resume), whole) and first["scaler"] != half().state_dict()
         assert whole["scaler"]["_growth_tracker"] and whole["scaler"]["scale"] != 256
 
-    def test_a_run_may_go_on_in_another_precision(
-        self, make: Callable[..., Overflowing], tiny_llm: Path, tiny_clip: Path, rows: Path, tmp_path: Path
-    ) -> None:
+    def test_a_run_may_go_on_in_another_precision(self, tiny_llm: Path, tiny_clip: Path, rows: Path, tmp_path: Path) -> None:
         last = "checkpoints/last.ckpt"
         fit(make_module(tiny_llm, tiny_clip), tmp_path / "wide", rows, max_steps=2)
         with pytest.warns(UserWarning, match=r"another precision and goes on in 16-mixed: its loss scale begins at 512"):
-            trainer = fit(make(), tmp_path / "narrow", rows, plugins=[half(512.0)], resume=tmp_path / "wide" / last, max_steps=4)
+            module, resume = make_module(tiny_llm, tiny_clip), tmp_path / "wide" / last
+            trainer = fit(module, tmp_path / "narrow", rows, plugins=[half(512.0)], resume=resume, max_steps=4)
         assert steps_made(trainer) == {4}
         for precision in ("32-true", "bf16-mixed"):
             with pytest.warns(UserWarning, match=f"of a run in 16-mixed and goes on in {precision}, without its loss scale"):

@@ -159,7 +159,7 @@ def test_last_that_finds_nothing_beside_checkpoints_is_no_silent_restart(tmp_pat
     assert not (tmp_path / "config.yaml").exists()
 
 
-class Waits(FakeModule):
+class HeldUp(FakeModule):
     """Tells at its first batch that it trains, and waits for a word."""
 
     def __init__(self, told: int, word: int) -> None:
@@ -176,7 +176,7 @@ def test_two_runs_at_once_are_one_too_many(tmp_path: Path) -> None:
     fit(tmp_path)
     last = {"ckpt_path": str(tmp_path / "checkpoints/last.ckpt")}
     begun, word = os.pipe(), os.pipe()
-    other = fork(lambda: fit(tmp_path, last, Waits(begun[1], word[0]), epochs=2))
+    other = fork(lambda: fit(tmp_path, last, HeldUp(begun[1], word[0]), epochs=2))
     os.read(begun[0], 1)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with pytest.raises(ValueError, match=rf"in use: process {other} on .*, since .*, trains in it.*--trainer\.default_root_dir"):
