@@ -13,15 +13,17 @@ def fork(act: Callable[[], Any]) -> int:
         return child
     code = 1
     try:
-        act()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    except BaseException:  # noqa: BLE001  # whatever it is, the child must end here
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # there is one
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            act()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except BaseException:  # noqa: BLE001  # whatever it is, the child must end here
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # there is one
+        finally:
+            sys.stderr.flush()
+    finally:  # of the above too: a signal may raise within it, as that of a loader whose worker was killed does, and the child,
+        os._exit(code)  # let out, would run the other tests
 
 
 def in_child(act: Callable[[], Any]) -> int:
