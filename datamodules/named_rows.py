@@ -77,8 +77,7 @@ class RowFile:
                     new = [row for row in new if row.origin not in self._named]
                     lines = b"".join(_to_json_line(row) for row in new)
                     file.write(lines)
-                    file.flush()
-                    self._offset += len(lines)
+                self._offset += len(lines)  # a network disk may say only at the closing that it is full
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     for row in new:

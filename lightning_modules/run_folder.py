@@ -50,7 +50,7 @@ def write_text(path: Path, text: str) -> None:
 class RunFolder(SaveConfigCallback):
     """Writes the resolved config, the model and the processor into the run folder when training starts.
 
-    A fit refuses a folder that already holds a run, unless it resumes that run, and any folder that another process trains in.
+    A fit refuses a folder that already holds a run, unless it resumes that run, and any folder that another process has.
     A resumed run keeps the first `config.yaml`; where its own config differs, it is written beside it as `config-2.yaml`,
     `config-3.yaml`, … A fit that fails before its first step takes its config away again, so that the corrected command may use
     the folder.
@@ -71,8 +71,7 @@ class RunFolder(SaveConfigCallback):
         """Refuses a folder that holds another run, before any weights are made, and keeps others out of it.
 
         Raises:
-            ValueError: The folder holds a run that this fit does not resume, another process trains in it, or it cannot be
-                written.
+            ValueError: The folder holds a run that this fit does not resume, another process has it, or it cannot be written.
         """
         if stage != "fit":
             return
@@ -84,7 +83,7 @@ class RunFolder(SaveConfigCallback):
             except ValueError as error:
                 problem = str(error)
             except OSError as error:
-                problem = cannot_write(run_folder(trainer), error)
+                problem = cannot_write(Path(error.filename or run_folder(trainer)), error)
         _raise_everywhere(trainer, problem)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,7 +97,7 @@ class RunFolder(SaveConfigCallback):
         problem = ""
         if trainer.is_global_zero:
             try:
-                self._refuse_other_run(trainer)  # one that another process has begun and ended since the set-up
+                self._refuse_other_run(trainer)  # on a disk without locks one may have begun while weights were made
                 self._refuse_unnoticed_restart(trainer)
                 if self.save_to_log_dir:
                     self._write(trainer, cast("MultiModalLitModule", pl_module))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SUFFIX = ".manifest.json"
-_UNNAMED = f".*{SUFFIX}.*.tmp"
+_UNNAMED = f".*{SUFFIX}*.tmp"
 
 
 class FileSum(NamedTuple):
@@ -118,9 +118,7 @@ def publish(temporary: Path, path: Path, manifest: Manifest) -> None:
             json.dump({**asdict(manifest), "files": files}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists() and (path.is_dir() or temporary.is_dir()):  # neither replaces the other, nor what is in a folder
-            path.replace(_aside(path))
-        temporary.replace(path)
+        _rename(temporary, path)
         new.replace(described)
     except OSError:
         if temporary.exists():  # or it has its name already, and needs the manifest that has not
@@ -133,6 +131,19 @@ def publish(temporary: Path, path: Path, manifest: Manifest) -> None:
     finally:
         os.close(folder)
     _remove(_aside(path))
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    in_the_way = path.exists() and (path.is_dir() or temporary.is_dir())  # neither replaces the other, nor what is in a folder
+    if in_the_way:
+        path.replace(_aside(path))
+    try:
+        temporary.replace(path)
+    except OSError:
+        if not (in_the_way and path.exists()):
+            raise
+        path.replace(_aside(path))  # `newest`, in another command, has just put it back
+        temporary.replace(path)
 
 
 def copy(source: Path, path: Path) -> None:
@@ -183,7 +194,9 @@ def newest(folders: Iterable[Path]) -> Newest | None:
     found: list[tuple[int, int, Path, Manifest]] = []
     for folder in folders:
         for old in folder.glob(".*.ckpt.old"):  # killed between the renaming of an old folder and that of a new one
-            with contextlib.suppress(OSError):  # also where another process does the same
+            with contextlib.suppress(
+                OSError
+            ):  # also where another process does the same; one that is saving just now does it anew
                 old.rename(folder / old.name[1 : -len(".old")])
         for path in {manifested(file) for pattern in (f"*{SUFFIX}", _UNNAMED) for file in folder.glob(pattern)}:
             found += [(manifest.written_ns, manifest.step, path, manifest) for manifest in _manifests(path) if path.exists()]
@@ -207,7 +220,7 @@ def sweep(folder: Path) -> None:
             file.replace(manifest_path(path))
         else:
             file.unlink(missing_ok=True)
-    for leftover in (*folder.glob(".*.ckpt.*.tmp"), *folder.glob(".*.ckpt.old")):
+    for leftover in (*folder.glob(".*.ckpt*.tmp"), *folder.glob(".*.ckpt.old")):
         _remove(leftover)
     for file in folder.glob(f"*{SUFFIX}"):
         if not manifested(file).exists():
@@ -221,7 +234,7 @@ def _last_written_ns(folder: Path) -> int:
 
 
 def _manifests(path: Path) -> list[Manifest]:
-    files = (manifest_path(path), *path.parent.glob(f".{glob.escape(path.name)}{SUFFIX}.*.tmp"))
+    files = (manifest_path(path), *path.parent.glob(f".{glob.escape(path.name)}{SUFFIX}*.tmp"))
     return [manifest for file in files if (manifest := _read(file)) is not None]
 
 

@@ -3,7 +3,9 @@
 #
 # Before the time is up SLURM sends SIGUSR1 to all processes: they write a checkpoint, and the first one puts the job back into the
 # queue. Started again, also after a machine has failed, it goes on from the newest whole checkpoint of the run folder, the first
-# argument. scancel ends it for good. Lightning finds the processes and the address of the first one by SLURM's variables.
+# argument, for which it waits three minutes where a machine that failed still has it: the lease of an NFS server is shorter. Where
+# the lock outlives them (NFSv3 keeps it until that machine is back), the job ends with "in use": delete .lock there, and submit it
+# again. scancel ends it for good. Lightning finds the processes and the address of the first one by SLURM's variables.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8

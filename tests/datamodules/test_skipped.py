@@ -198,6 +198,24 @@ def test_sources_of_one_file_count_for_themselves(path: Path) -> None:
         again.add([error(8, source="told")])
 
 
+def test_a_network_disk_that_is_full_at_the_closing_leaves_no_hole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FullAtClosing(io.BufferedRandom):
+        def close(self) -> None:
+            if not self.closed:
+                self.truncate(size)  # what was flushed has not come to the disk
+                super().close()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    skipped = make(path)
+    skipped.add([error(4)])
+    size = path.stat().st_size
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", lambda self, mode: FullAtClosing(io.FileIO(self, mode.replace("b", ""))))
+        skipped.add([error(2)])
+    skipped.add([error(7), error(2)])
+    assert lines(path) == [4, 7, 2]
+
+
 def test_on_a_full_disk_the_log_names_the_row_and_the_file_does_when_there_is_room(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

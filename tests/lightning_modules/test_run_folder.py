@@ -179,7 +179,7 @@ def test_two_runs_at_once_are_one_too_many(tmp_path: Path) -> None:
     other = fork(lambda: fit(tmp_path, last, HeldUp(begun[1], word[0]), epochs=2))
     os.read(begun[0], 1)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    with pytest.raises(ValueError, match=rf"in use: process {other} on .*, since .*, trains in it.*--trainer\.default_root_dir"):
+    with pytest.raises(ValueError, match=rf"in use: process {other} on .*, since .*, has it.*--trainer\.default_root_dir"):
         fit(tmp_path, last, epochs=2)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     os.write(word[1], b"xx")
@@ -272,6 +272,12 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match=r"cannot be written \(.*--trainer.default_root_dir"):
         fit(tmp_path / "file" / "run")
+
+
+def test_the_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(ValueError, match=rf"/{LOCK} cannot be written \(Is a directory\)"):
+        fit(tmp_path)
 
 
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,43 @@ def test_the_sweep_takes_only_what_is_ours(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(others)
 
 
+def test_what_an_older_version_left_is_understood_and_swept(tmp_path: Path) -> None:
+    """Killed between its two renames, and in a later save; its temporary names were the same each time."""
+    path, aside = tmp_path / "last.ckpt", tmp_path / "aside"
+    save(path, "one", write_file, step=1)
+    aside.mkdir()
+    save(aside / "last.ckpt", "two", write_file, step=2)
+    (aside / "last.ckpt").rename(path)
+    manifest_path(aside / "last.ckpt").rename(tmp_path / ".last.ckpt.manifest.json.tmp")
+    aside.rmdir()
+    (tmp_path / ".best.ckpt.tmp").write_text("thr")
+    found = newest([tmp_path])
+    assert found is not None and (found.path, found.manifest.step, found.left) == (path, 2, [])
+    sweep(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.manifest.json"]
+    assert (manifest := read_manifest(path)) is not None and manifest.step == 2
+
+
+@pytest.mark.parametrize("before", [write_file, write_shards])
+def test_a_save_goes_on_where_another_command_looks_for_the_newest_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Write
+) -> None:
+    path, replace, looks = tmp_path / "last.ckpt", Path.replace, list[Path]()
+
+    def look_behind(file: Path, target: Path) -> None:
+        replace(file, target)
+        if target.suffix == ".old" and not looks:
+            looks.append(target)
+            found = newest([tmp_path])
+            assert found is not None and found.manifest.step == 1
+
+    save(path, "one", before, step=1)
+    monkeypatch.setattr(Path, "replace", look_behind)
+    save(path, "two", write_shards, step=2)
+    assert looks and content(path) == "two" and fault(path) == ""
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.manifest.json"]
+
+
 def test_what_could_not_be_finished_is_discarded(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     save(path, "one", write_file)
