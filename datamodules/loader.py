@@ -23,7 +23,7 @@ from datamodules.sampler import GlobalBatches, RowSampler
 from datamodules.score_ranges import ENOUGH
 from datamodules.skipped import SkippedRows
 from datamodules.step_counts import Counts, count_ahead
-from datamodules.worker_signals import obey_owner_alone
+from datamodules.worker_signals import obey_owner_alone, worker_context
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +148,7 @@ class RowLoader:
             pin_memory=torch.cuda.is_available(),
             # its own: a loader that draws its workers' seeds from the global one changes what dropout draws after a resume
             generator=torch.Generator().manual_seed(self.rows.seed),
+            multiprocessing_context=worker_context(self.num_workers),
             worker_init_fn=obey_owner_alone,
         )
 

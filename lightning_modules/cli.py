@@ -140,7 +140,7 @@ class OmniLitCLI(LightningCLI):
             else:
                 super().instantiate_classes()
                 path = self.config_init[self.subcommand].get("ckpt_path") if self.subcommand is not None else None
-                if path is not None and Path(path).exists():  # else it is `last`, of a run that begins anew
+                if path not in (None, "last"):  # which is left of a run that begins anew
                     self.model.goes_on_from = Path(path)
         except (ValueError, MisconfigurationException) as error:
             raise ValueError(reason(error)) from error

@@ -120,7 +120,8 @@ def add_place(checkpoint: dict[str, Any], trainer: Trainer, step_start: StepStar
     if broken := [problem for *_, problem in states if problem]:
         raise ValueError(
             f"{broken[0]} is not finite after step {trainer.global_step:,}: what was trained is of no use, and takes no "
-            "checkpoint's place. Go on from an earlier one, with a lower learning rate or another precision"
+            "checkpoint's place. Go on from an earlier one in another precision, or start another run from it with "
+            "model.init_from and a lower learning rate"
         )
     states = states[:: num_with_same_rows(trainer)]
     checkpoint["rng"] = [rng for rng, *_ in states]

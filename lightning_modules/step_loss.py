@@ -135,8 +135,10 @@ class StepLoss:
         if count is None:
             for parameter in trained:
                 parameter.grad = None
-        elif count:  # where the loss is scaled, they are those of the mean already, unless rows have weights
-            torch._foreach_mul_(gradients, self._count_ahead / count if self._is_scaled else trainer.world_size / count)
+        elif count and gradients:
+            # where the loss is scaled, they are those of the mean already, unless rows have weights
+            factor = float(self._count_ahead) / count if self._is_scaled else trainer.world_size / count
+            torch._foreach_mul_(gradients, factor)
         return loss
 
     def end(self, trainer: Trainer, was_applied: bool) -> Tensor | None:

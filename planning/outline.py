@@ -18,7 +18,7 @@ from datamodules.batch import MediaBatch, pad_time
 from encoders.base import Encoder, Part
 from encoders.stored import StoredLinear
 from encoders.tuning import Tune
-from lightning_modules.autocast import check_types
+from lightning_modules.autocast import check_trained, check_types
 from models.language import LanguageModel
 from models.multimodal import MultiModalModel
 from models.parallel import check_split, split_styles
@@ -87,6 +87,7 @@ def make_outline(
             _ = inner.takes_branches, inner.takes_packs  # is tried out where there are values, and here taken for given
     if precision is not None:
         check_types(module.parts(), precision.precision)
+        check_trained(module.parts(), precision.precision)
         precision.convert_module(module)
     _fill(module, mode := FakeTensorMode(allow_non_fake_inputs=True))
     for inner in module.modules():

@@ -98,11 +98,11 @@ def _where_it_stops(error: RuntimeError, allocations: Allocations) -> str:
     """Why a step cannot be run on shapes alone: in which part, and at which line of it."""
     passed = (Path(torch.__file__).parent, Path(__file__).parent)
     frames = [x for x in traceback.extract_tb(error.__traceback__) if not any(map(Path(x.filename).is_relative_to, passed))]
-    last, [reason, *_] = frames[-1], [*str(error).splitlines(), ""]
+    at = "".join(f" at {last.filename}:{last.lineno} (`{last.line}`), in the {allocations.kind}" for last in frames[-1:])
+    reason = next(iter(str(error).splitlines()), "")
     return (
-        f"plan runs a step on tensors without values, which stops at {last.filename}:{last.lineno} (`{last.line}`), in the "
-        f"{allocations.kind}: {reason}. Numbers cannot be read off such tensors, as float(x), x.numpy() or x[mask] do: keep "
-        "them tensors there. A fit needs no plan"
+        f"plan runs a step on tensors without values, which stops{at}: {reason}. If a fit does not stop there, a number is read "
+        "off such a tensor, as float(x), x.numpy() or x[mask] do: keep it a tensor, or go without a plan"
     )
 
 

@@ -37,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed says on stdout that it finds no other
     torch.set_num_threads(1)
+    # autograd begins on what is there: in a mode of fake tensors it would start threads for GPUs, which no fork survives
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.hookimpl(tryfirst=True)

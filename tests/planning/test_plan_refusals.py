@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from datamodules.batch import Batch
 from encoders.image import HFVisionEncoder
 from encoders.projectors import MLPProjector
 from encoders.tuning import LoRA, Tune
-from lightning_modules.multimodal import MultiModalLitModule
+from lightning_modules.multimodal import MultiModalLitModule, Stage
 from models.language import LanguageModel
 from models.pretrained import PretrainedMLLM
 from planning.outline import make_outline
@@ -105,4 +106,22 @@ def test_a_part_that_reads_a_number_is_named(tiny_llm: Path, tiny_clip: Path, tm
     batch = make_data(module, tmp_path / "rows.jsonl").collate([dataset[0], dataset[1]])
     where = r"test_plan_refusals\.py:\d+ \(`largest = float\(media\.abs\(\)\.max\(\)\)`\), in the activations of image_encoder"
     with pytest.raises(ValueError, match=rf"^plan runs a step on tensors without values, which stops at \S*{where}"):
+        run_step(make_outline(module), batch, precision_of("32-true"))
+
+
+class Detached(MultiModalLitModule):
+    """One whose loss nothing leads back from."""
+
+    def step(self, batch: Batch, stage: Stage) -> tuple[Tensor, Tensor] | None:
+        total = super().step(batch, stage)
+        assert total is not None
+        return total[0].detach(), total[1]
+
+
+def test_a_backward_pass_that_cannot_be_is_said(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    module = Detached(LanguageModel(str(tiny_llm)), HFVisionEncoder(str(tiny_clip), layer=-2), MLPProjector())
+    batch = make_data(module, write_rows(tmp_path / "rows.jsonl", 2)).collate(
+        [make_data(module, tmp_path / "rows.jsonl").dataset("train")[0]]
+    )
+    with pytest.raises(ValueError, match=r"which stops: .*does not require grad.* If a fit does not stop"):
         run_step(make_outline(module), batch, precision_of("32-true"))

@@ -33,12 +33,6 @@ LAYER = 4 * 64 * 64 + 3 * 64 * 128
 MATRICES, NORMS = 2 * 32000 * 64 + 2 * LAYER, 5 * 64
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _() -> None:
-    """Autograd begins on what is there; in a mode of fake tensors it would start threads for GPUs, which no fork survives."""
-    torch.ones(1, requires_grad=True).sum().backward()
-
-
 def weights(*sizes: int) -> list[nn.Parameter]:
     return [nn.Parameter(torch.empty(size)) for size in sizes]
 
