@@ -23,7 +23,7 @@ test: .venv/.dev
 	$(PYTEST) -m "not slow and not real"
 
 test-slow: .venv/.dev .venv/.demo .venv/.parity .venv/.deepspeed
-	$(BIN)/python -m pytest -m "slow or real"
+	$(PYTEST) -m "slow or real"
 
 test-all: test test-slow
 
