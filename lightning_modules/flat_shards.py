@@ -9,11 +9,12 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
+from lightning_modules.one_file import OneFileStrategy
 from models.flat import Sharding, clip_flat, flatten, own_state, whole_state
 from models.flat_layer import cut_of
 from models.zero import check_whole
@@ -66,7 +67,7 @@ class FlatPrecision(FSDPPrecision):
         clip_flat(weights_of(optimizer), clip_val)
 
 
-class FlatShardedStrategy(FSDPStrategy):
+class FlatShardedStrategy(OneFileStrategy, FSDPStrategy):
     """Torch's first FSDP: decoder layers in flat shards, each of which is gathered while it runs.
 
     Torch calls FSDP2 (`ShardedStrategy`) its successor: take this one for runs that are to be as others under it were. What
@@ -99,19 +100,6 @@ class FlatShardedStrategy(FSDPStrategy):
     def precision_plugin(self, plugin: Precision | None) -> None:  # Lightning gives one of its own
         device_type = "cuda" if isinstance(self.accelerator, CUDAAccelerator) else "cpu"
         self._precision_plugin = None if plugin is None else FlatPrecision(plugin.precision, device_type)
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        return False  # the model takes up a checkpoint while it is whole
-
-    @contextmanager
-    def model_sharded_context(self) -> Iterator[None]:
-        """Nothing: the weights are read whole, on the processor, and shards are made of them afterwards."""
-        yield
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         module: Any = model
@@ -146,28 +134,6 @@ class FlatShardedStrategy(FSDPStrategy):
         """The state of the optimizer as torch has it, weight by weight, in the same way."""
         state = optimizer.state_dict()
         return {**state, "state": whole_state(state["state"], weights_of(optimizer), self.is_global_zero)}
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Writes a file, as on one device."""
-        DDPStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint of any strategy that is a file.
-
-        Raises:
-            ValueError: It is a folder, damaged, or no checkpoint of ours.
-        """
-        return self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path))
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Loads the weights of a checkpoint, before shards are made of them.
-
-        Raises:
-            ValueError: They have been made.
-        """
-        module: Any = self.lightning_module
-        check_whole(module.model)
-        module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Loads what belongs to this process of the state of optimizers."""

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
+from lightning_modules.one_file import OneFileStrategy
 from lightning_modules.optim import NO_DECAY
 from lightning_modules.zero_shares import Shares, SharesOfWeights
 from models.stored import num_weights
@@ -49,7 +50,7 @@ class ZeroPrecision(DeepSpeedPrecision):
             yield
 
 
-class ZeroStrategy(DeepSpeedStrategy):
+class ZeroStrategy(OneFileStrategy, DeepSpeedStrategy):
     """ZeRO-2: each device has the whole model, but a share of the gradients and of the optimizer's state; ZeRO-3: of weights too.
 
     In stage 3 a device has shares of the decoder's layers, each of which is gathered while it runs. Outside of them all weights
@@ -132,17 +133,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         return False  # or the last step of an epoch would wait for batches of the next one
 
     @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
-
-    @property
     def was_step_applied(self) -> bool:
         """Whether the last step changed weights; if not, its gradients were not finite."""
         return bool(self.deepspeed_engine.was_step_applied())
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        return False  # the model takes up a checkpoint while it is whole
 
     def connect(self, model: Any) -> None:
         """Takes a model, of the same trainer, which may have had an engine before: its hooks go with it."""
@@ -151,11 +144,6 @@ class ZeroStrategy(DeepSpeedStrategy):
         if isinstance(self.model, DeepSpeedEngine):
             self.model.destroy()
         super().connect(model)
-
-    @contextmanager
-    def model_sharded_context(self) -> Iterator[None]:
-        """Nothing: the weights are read whole, on the processor, and shares are made of them afterwards."""
-        yield
 
     def init_deepspeed(self) -> None:
         """Makes the engine, for training or weights in shares; whole ones are evaluated without."""
@@ -243,28 +231,6 @@ class ZeroStrategy(DeepSpeedStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of the optimizer as torch has it, weight by weight, in the same way."""
         return self._shares.whole_state(self.is_global_zero)
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Writes a file, as on one device."""
-        DDPStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint of any strategy that is a file.
-
-        Raises:
-            ValueError: It is a folder, damaged, or no checkpoint of ours.
-        """
-        return self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path))
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Loads the weights of a checkpoint, before shares are made of them.
-
-        Raises:
-            ValueError: They have been made.
-        """
-        module: Any = self.lightning_module
-        check_whole(module.model)
-        module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Loads this process's share of the state of the optimizer."""
