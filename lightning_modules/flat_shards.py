@@ -15,14 +15,10 @@ from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from lightning_modules.one_file import OneFileStrategy
+from lightning_modules.optim import weights_of
 from models.flat import Sharding, clip_flat, flatten, own_state, whole_state
 from models.flat_layer import cut_of
 from models.zero import check_whole
-
-
-def weights_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Those that it steps, in the order of its state."""
-    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 def _drop_gradients(optimizer: Optimizer, *args: Any) -> None:

@@ -58,6 +58,11 @@ def parameter_groups(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
     return groups
 
 
+def weights_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The weights that an optimizer steps, in the order of its state."""
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
 def clip_gradients(module: LightningModule, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
     """Clips gradients as `trainer.gradient_clip_val` asks for, also those of a fused optimizer.
 

@@ -13,7 +13,7 @@ from lightning_modules.flat_shards import FlatShardedStrategy
 from lightning_modules.idle_parts import touch_idle_parts, used_parts
 from lightning_modules.loss_scale import scaler_of, take_scale_off
 from lightning_modules.measuring import MeasuringLitModule
-from lightning_modules.optim import clip_gradients
+from lightning_modules.optim import clip_gradients, weights_of
 from lightning_modules.strategies import ShardedStrategy
 from lightning_modules.zero import ZeroStrategy
 from models.checkpoint import fingerprints
@@ -202,7 +202,7 @@ class SpreadLitModule(MeasuringLitModule):
         if self.device_mesh is None or not gradient_clip_val:
             clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        weights = weights_of(optimizer)
         if gradient_clip_algorithm == "value":
             for gradient in (local(weight.grad) for weight in weights if weight.grad is not None):
                 gradient.clamp_(-gradient_clip_val, gradient_clip_val)

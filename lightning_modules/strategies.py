@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_modules.checkpoints import CannotSaveError
 from lightning_modules.loss_scale import scaler_in
+from lightning_modules.optim import weights_of
 from lightning_modules.recipe import keep_how_computed
 from lightning_modules.run_folder import cannot_write
 from models.checkpoint import METADATA
@@ -38,7 +39,7 @@ def check_at_a_time(optimizer: Optimizer, kind: Callable[[Tensor], object], prec
     def are_mixed(weights: Iterable[Tensor]) -> bool:
         return len(set(map(kind, weights))) > 1
 
-    if scaler_in(precision) is not None and are_mixed(x for group in optimizer.param_groups for x in group["params"]):
+    if scaler_in(precision) is not None and are_mixed(weights_of(optimizer)):
         raise ValueError(
             f"trainer.precision is {precision.precision}, whose scaler looks at all gradients at a time, and with "
             f"tensor_parallel_size {split} some are split and others not: take bf16-mixed or 32-true, or set "
@@ -225,14 +226,13 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Spreads the state of optimizers; of a folder there is none left to be spread."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
             numbers = [number for group in saved["param_groups"] for number in group["params"]]
             state = {
                 number: {
                     name: spread_like(value, weight) if isinstance(value, Tensor) and value.shape == weight.shape else value
                     for name, value in saved["state"][number].items()
                 }
-                for number, weight in zip(numbers, weights, strict=True)
+                for number, weight in zip(numbers, weights_of(optimizer), strict=True)
                 if number in saved["state"]
             }
             optimizer.load_state_dict({**saved, "state": state})

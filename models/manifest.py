@@ -194,9 +194,8 @@ def newest(folders: Iterable[Path]) -> Newest | None:
     found: list[tuple[int, int, Path, Manifest]] = []
     for folder in folders:
         for old in folder.glob(".*.ckpt.old"):  # killed between the renaming of an old folder and that of a new one
-            with contextlib.suppress(
-                OSError
-            ):  # also where another process does the same; one that is saving just now does it anew
+            # also where another process does the same; one that is saving just now does it anew
+            with contextlib.suppress(OSError):
                 old.rename(folder / old.name[1 : -len(".old")])
         for path in {manifested(file) for pattern in (f"*{SUFFIX}", _UNNAMED) for file in folder.glob(pattern)}:
             found += [(manifest.written_ns, manifest.step, path, manifest) for manifest in _manifests(path) if path.exists()]
