@@ -57,7 +57,7 @@ def _sendable(told: Any) -> Any:
     if isinstance(told, dict):
         return {name: _sendable(value) for name, value in told.items()}
     if isinstance(told, (list, tuple)):
-        return [_sendable(value) for value in told]
+        return type(told)(_sendable(value) for value in told)  # the reason of a skipped module is hashed: a tuple it stays
     return told.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(told, str) else told
 
 
