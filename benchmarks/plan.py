@@ -6,7 +6,7 @@ Models of 10 to 20 million weights train for two steps on a CPU, with one thread
 Trainer, as `fit` does. Measured is the operating system's own count: the largest resident set (VmHWM) less that before the model
 was built, in a process that has trained one step of one row before, and has given back what that freed; every large block is
 mapped for itself. Predicted is what `plan` says of the same module, data and trainer: it reads no weights, decodes nothing, and
-knows nothing of the measurement. Under ZeRO two processes train. `max_error` is the largest |predicted / measured - 1|.
+knows nothing of the measurement. Under FSDP and ZeRO two processes train. `max_error` is the largest |predicted / measured - 1|.
 """
 
 import argparse
@@ -50,11 +50,17 @@ from planning.devices import find_device
 from planning.gradients import UPDATE
 from planning.placement import placement_of
 from planning.run import Run, plan_run
+from tests.lightning_modules.processes import flat, in_two_processes, sharded, zero
 
 MIB = 2**20
 WAITS = timedelta(seconds=60)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3): from so many bytes on a block is mapped for itself, and what is free at the end of the heap is given back."""
+STRATEGIES = {
+    "fsdp": (sharded, "lightning_modules.strategies.ShardedStrategy"),
+    "flat": (flat, "lightning_modules.flat_shards.FlatShardedStrategy"),
+    "zero": (zero, "lightning_modules.zero.ZeroStrategy"),
+}
 LORA = Tune(mode="lora", lora=LoRA(r=16, target_modules=TARGETS))
 NUM_ROWS, NUM_TOKENS = 12, 480
 
@@ -84,14 +90,14 @@ class Case:
         rows: Name of its file.
         data: Options of the data module.
         trainer: Options of the trainer.
-        zero: Options of `ZeroStrategy`, under which two processes train; None: one does.
+        strategy: How two processes train, as a name in `STRATEGIES` and its options; None: one does.
     """
 
     module: Callable[[], MultiModalLitModule]
     rows: str = "text"
     data: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
-    zero: dict[str, Any] | None = None
+    strategy: tuple[str, dict[str, Any]] | None = None
 
     def make_data(self, module: MultiModalLitModule, folder: Path) -> ImageDataModule:
         """The data module."""
@@ -127,9 +133,11 @@ def cases(folder: Path) -> dict[str, Case]:
 
         return make
 
+    def two(tune: Tune, strategy: str, trainer: dict[str, Any] | None = None, **options: Any) -> Case:
+        return Case(module(tune), data={"batch_size": 2}, trainer=trainer or {}, strategy=(strategy, options))
+
     full, frozen, recomputed = Tune(mode="full"), Tune(mode="frozen"), replace(LORA, activation_checkpointing=True)
-    halves, accumulated, zero = {"batch_size": 2}, {"accumulate_grad_batches": 2}, {"reduce_bucket_size": 1_000_000}
-    offloaded = zero | {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
+    halves, accumulated, bucket = {"batch_size": 2}, {"accumulate_grad_batches": 2}, {"reduce_bucket_size": 1_000_000}
     packed = {"batching": Batching(kind="packed", max_tokens=1024), "batch_size": 2}
     return {
         "full": Case(module(full)),
@@ -147,19 +155,27 @@ def cases(folder: Path) -> dict[str, Case]:
         "ready model": Case(ready(LORA, frozen), "pictures"),
         "ready model, tower trains": Case(ready(LORA, full), "pictures"),
         "pictures, DPO": Case(module(LORA, frozen, DPOLitModule), "pictures", halves),
-        "full, ZeRO-2": Case(module(full), data=halves, zero=zero),
-        "full, ZeRO-2 offloaded": Case(module(full), data=halves, trainer=accumulated, zero=zero | {"offload_optimizer": True}),
-        "full, ZeRO-3": Case(module(full), data=halves, zero=zero | {"stage": 3}),
-        "LoRA, ZeRO-3 offloaded": Case(module(LORA), data=halves, zero=offloaded),
+        "full, FSDP2": two(full, "fsdp"),
+        "LoRA, FSDP2": two(LORA, "fsdp"),
+        "LoRA, FSDP2, recomputed": two(recomputed, "fsdp"),
+        "LoRA, FSDP2 offloaded": two(LORA, "fsdp", offload=True),
+        "full, FSDP1": two(full, "flat"),
+        "LoRA, FSDP1": two(LORA, "flat"),
+        "LoRA, FSDP1, kept": two(LORA, "flat", sharding_strategy="SHARD_GRAD_OP"),
+        "full, ZeRO-2": two(full, "zero", **bucket),
+        "full, ZeRO-2 offloaded": two(full, "zero", accumulated, offload_optimizer=True, **bucket),
+        "full, ZeRO-3": two(full, "zero", stage=3, **bucket),
+        "LoRA, ZeRO-3 offloaded": two(LORA, "zero", stage=3, offload_optimizer=True, offload_parameters=True, **bucket),
     }
 
 
 def predict(case: Case, folder: Path) -> float:
     """MiB that `plan` says; what a device keeps in the memory of the machine is in the same memory here."""
-    module, devices = case.module(), 1 if case.zero is None else 2
-    options = Namespace(case.zero or {})
-    zero = Namespace(class_path="lightning_modules.zero.ZeroStrategy", init_args=options)
-    strategy: Any = "auto" if case.zero is None else zero
+    module, devices = case.module(), 1
+    strategy: str | Namespace = "auto"
+    if case.strategy is not None:
+        name, options = case.strategy
+        devices, strategy = 2, Namespace(class_path=STRATEGIES[name][1], init_args=Namespace(options))
     trainer = Namespace(devices=devices, num_nodes=1, strategy=strategy, precision="32-true", max_steps=2, **case.trainer)
     run = Run(module, case.make_data(module, folder), trainer, placement_of(trainer), find_device("cpu"))
     plan = plan_run(run)
@@ -178,14 +194,13 @@ def compare(case: Case, folder: Path) -> tuple[float, float]:
 
 
 def _compare(case: Case, folder: Path, sender: Any) -> None:
-    from tests.lightning_modules.processes import in_two_processes, zero
-
-    if case.zero is None:
+    if case.strategy is None:
         predicted = predict(case, folder)
         sender.send((predicted, _measure(case, folder, {})))
         return
     taken = multiprocessing.get_context("fork").SimpleQueue()
-    make = partial(zero, **case.zero)
+    name, options = case.strategy
+    make = partial(STRATEGIES[name][0], **options)
 
     def measure(trainer: dict[str, Any]) -> None:
         taken.put(_measure(case, folder, trainer, lambda: make(WAITS)))
@@ -212,13 +227,14 @@ def _measure(case: Case, folder: Path, trainer: dict[str, Any], again: Callable[
         Trainer(**quiet, **(options | trainer), **case.trainer).fit(module, datamodule=case.make_data(module, folder))
 
     fit(replace(case, data=case.data | {"batch_size": 1}, trainer={}), 1)  # imports, and what libraries keep for good
+    trainer.pop("strategy", None)  # with the model that it spread
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew (proc(5))
     before = _status("VmRSS")
     if again is not None:
         trainer["strategy"] = again()
-    fit(case, 2 if case.zero is None else 3)  # in the third one, batches are accumulated beside states
+    fit(case, 2 if case.strategy is None else 3)  # in the third one, batches are accumulated beside states
     return _status("VmHWM") - before
 
 
@@ -240,7 +256,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-        write_weights(folder, vocabulary=8192, width=384, num_layers=6, vision_width=256)
+        write_weights(folder, vocabulary=8192, width=384, num_layers=6, vision_width=256, max_shard_size="8MB")
         write_rows(folder)
         chosen = {name: case for name, case in cases(folder).items() if not args.only or args.only in name}
         print(f"{'MiB':<26} {'predicted':>10} {'measured':>10} {'error':>8}")

@@ -78,6 +78,14 @@ class Gradients:
         """After it."""
 
 
+class DroppedGradients(Gradients):
+    """Those of a device that lets go of them at the end of a step, not before the next backward pass (`FlatShardedStrategy`)."""
+
+    def update(self) -> None:
+        super().update()
+        self.begin()
+
+
 class OffloadedGradients(Gradients):
     """Those of a device whose shards are in the memory of the machine (FSDP2), where the optimizer steps, too."""
 

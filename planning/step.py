@@ -16,7 +16,7 @@ from encoders.base import Part
 from models.language import LanguageModel
 from models.view import View
 from planning.allocations import Allocations
-from planning.gradients import STATES, Gradients, OffloadedGradients, apart
+from planning.gradients import STATES, DroppedGradients, Gradients, OffloadedGradients, apart
 from planning.outline import Outline
 from planning.placement import ONE_DEVICE, Placement, share
 from planning.zero import ZeroGradients
@@ -89,7 +89,8 @@ def _gradients(outline: Outline, allocations: Allocations, accumulates: bool, pl
     if placement.offload:
         return OffloadedGradients(outline, allocations, accumulates, True, share(outline, placement))
     if placement.zero is None:
-        return Gradients(outline, allocations, accumulates, on_cpu, share(outline, placement))
+        kind = Gradients if placement.flat is None else DroppedGradients
+        return kind(outline, allocations, accumulates, on_cpu, share(outline, placement))
     is_on_cpu = on_cpu or placement.zero.offload_optimizer
     return ZeroGradients(outline, allocations, accumulates, is_on_cpu, zero=placement.zero, number=placement.replicas)
 

@@ -21,9 +21,18 @@ RANK, ALPHA = 16, 32.0
 
 
 def write_weights(
-    folder: Path, vocabulary: int = VOCABULARY, width: int = WIDTH, num_layers: int = NUM_LAYERS, vision_width: int = 384
+    folder: Path,
+    vocabulary: int = VOCABULARY,
+    width: int = WIDTH,
+    num_layers: int = NUM_LAYERS,
+    vision_width: int = 384,
+    max_shard_size: str = "50GB",
 ) -> None:
-    """Writes the whole model, `llava`, with its processor, and its two towers, `language` and `vision`."""
+    """Writes the whole model, `llava`, with its processor, and its two towers, `language` and `vision`.
+
+    A file of weights is mapped: on a CPU, what was read of it stays in memory while one of its weights is used. Large models come
+    in many files, of `max_shard_size` each.
+    """
     import transformers as hf
 
     text = hf.LlamaConfig(
@@ -61,7 +70,7 @@ def write_weights(
     causal = hf.LlamaForCausalLM(text)
     causal.model.load_state_dict(model.model.language_model.state_dict())
     causal.tie_weights()
-    causal.save_pretrained(folder / "language")
+    causal.save_pretrained(folder / "language", max_shard_size=max_shard_size)
     model.model.vision_tower.save_pretrained(folder / "vision")
     torch.save(model.model.multi_modal_projector.state_dict(), folder / "projector.pt")
     tokenizer = _tokenizer({})

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_modules.flat_shards import FlatShardedStrategy
+from lightning_modules.strategies import ShardedStrategy
 
 if TYPE_CHECKING:
     from lightning_modules.zero import ZeroStrategy
@@ -53,6 +54,16 @@ def zero(timeout: timedelta, reduce_bucket_size: int = 1000, **options: Any) -> 
 
 
 zero3 = partial(zero, stage=3)
+
+
+def sharded(timeout: timedelta, tensor_parallel_size: int = 1, folder: bool = False, offload: bool = False) -> Strategy:
+    return ShardedStrategy(
+        tensor_parallel_size=tensor_parallel_size,
+        save_distributed_checkpoint=folder,
+        offload=offload,
+        process_group_backend="gloo",
+        timeout=timeout,
+    )
 
 
 def flat(timeout: timedelta, **options: Any) -> Strategy:

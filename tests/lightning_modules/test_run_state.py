@@ -1,7 +1,6 @@
 """A run goes on at its place, also in other batches or other processes."""
 
 from collections import Counter
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +12,13 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.strategies import Strategy
 
 from lightning_modules.checkpoints import RunCheckpoint
 from lightning_modules.run_state import take_place
-from lightning_modules.strategies import ShardedStrategy
 from models.manifest import read_manifest, temporary_name
 from models.spread import whole
 from tests.faults.small_runs import fit, make_module
-from tests.lightning_modules.processes import in_two_processes
+from tests.lightning_modules.processes import in_two_processes, sharded
 from tests.lightning_modules.run_fakes import Watch, write_rows
 
 Lines = dict[tuple[int, int], list[int]]
@@ -60,10 +57,6 @@ def test_behind_an_epoch_it_goes_on_in_other_batches(
         assert Counter(sum((lines for (of, _), lines in whole.items() if of == epoch), [])) == Counter(range(1, num_rows + 1))
 
 
-def sharded(tensor_parallel_size: int, timeout: timedelta) -> Strategy:
-    return ShardedStrategy(tensor_parallel_size=tensor_parallel_size, process_group_backend="gloo", timeout=timeout)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [{}, {"every_n_epochs": 9}, {"every_n_train_steps": 50}], ids=str)
 @pytest.mark.parametrize("end", ["max_steps", "should_stop"])
@@ -98,8 +91,8 @@ def test_processes_that_split_layers_go_on_with_one_generator(tiny_llm: Path, ti
         torch.save([weights, torch.get_rng_state()], tmp_path / f"{name}-{trainer.global_rank}.pt")
 
     resume = tmp_path / "first/checkpoints/last.ckpt"
-    assert in_two_processes(run, "first", strategy=partial(sharded, 1), batch_size=1, max_steps=2) == [0, 0]
-    assert in_two_processes(run, "then", strategy=partial(sharded, 2), batch_size=2, resume=resume) == [0, 0]
+    assert in_two_processes(run, "first", strategy=sharded, batch_size=1, max_steps=2) == [0, 0]
+    assert in_two_processes(run, "then", strategy=partial(sharded, tensor_parallel_size=2), batch_size=2, resume=resume) == [0, 0]
     for name, is_one in (("first", False), ("then", True)):
         (weights, state), (others, other) = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in range(2))
         assert torch.equal(state, other) == is_one

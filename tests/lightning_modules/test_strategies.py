@@ -5,7 +5,6 @@ import os
 import runpy
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -37,7 +36,7 @@ from models.multimodal import MultiModalModel
 from tests.lightning_modules import test_exact_weighting
 from tests.lightning_modules.media_fakes import make_all, write_media_rows
 from tests.lightning_modules.preference_fakes import make_module
-from tests.lightning_modules.processes import MakeStrategy, ddp, flat, gathered, in_two_processes
+from tests.lightning_modules.processes import MakeStrategy, ddp, flat, gathered, in_two_processes, sharded
 from tests.lightning_modules.run_fakes import Watch, make_data, make_trainer, weights
 from tests.lightning_modules.test_exact_weighting import Job
 
@@ -46,16 +45,6 @@ LORA = Tune(mode="lora", lora=LoRA(target_modules=("q_proj", "v_proj", "o_proj",
 ROWS, PACKS = Batching(), Batching(kind="packed", max_tokens=76)
 KINDS = ("i", "", "va", "i", "a", "", "iv", "a", "", "")
 """Of rows, which two processes take in turn: in most batches they have media of other kinds."""
-
-
-def sharded(timeout: timedelta, tensor_parallel_size: int = 1, folder: bool = False, offload: bool = False) -> Strategy:
-    return ShardedStrategy(
-        tensor_parallel_size=tensor_parallel_size,
-        save_distributed_checkpoint=folder,
-        offload=offload,
-        process_group_backend="gloo",
-        timeout=timeout,
-    )
 
 
 fsdp, split = partial(sharded, tensor_parallel_size=1), partial(sharded, tensor_parallel_size=2)

@@ -145,6 +145,10 @@ def test_flat_shards(mode: Any, tmp_path: Path, tiny_llm: Path) -> None:
         trained = 2 * layer // 4 + outside if mode == "full" else adapters
         assert cost.at_peak[GRADIENTS] == pytest.approx(4 * trained)
         assert cost.at_peak[STATES] == pytest.approx(8 * trained, rel=1e-3 if mode == "full" else 0.02)
+        dropped = run_step(outline, text_batch(3, 400), PRECISION, placement=placement)
+        assert not dropped.at_peak[GRADIENTS], "those of the step before are gone when the forward pass ends, which is the peak"
+        kept = run_step(outline, text_batch(3, 400), PRECISION, placement=Placement(4, is_sharded=True))
+        assert kept.at_peak[GRADIENTS]
 
 
 def test_whether_shards_are_offloaded_is_read() -> None:
