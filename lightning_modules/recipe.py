@@ -2,9 +2,10 @@
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from torch.optim import Optimizer
@@ -13,9 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from encoders.base import Part, option_defaults
 from lightning_modules.optim import WarmupCosine, warmup_cosine
 from models.checkpoint import check_options
-
-FREE = {"generation", "feature_cache", "init_from", "on_non_finite"}
-"""Options of a module that do not change what is learnt, or only where a run begins: a resumed one may have others."""
 
 JUDGED_ELSEWHERE = {"prompt", "optimizer", "lr_scheduler", "lr_factor"}
 """Options that are judged by what they make: the processor, and the groups of the optimizer with their rates."""
@@ -65,8 +63,10 @@ def describe(value: Any) -> Any:
             return sorted(map(str, value))
         case Mapping():
             return {str(name): describe(item) for name, item in value.items()}
-        case type() | FunctionType():
+        case type() | FunctionType() | BuiltinFunctionType():
             return f"{value.__module__}.{value.__qualname__}"
+        case partial():
+            return {"partial": describe(value.func), "args": describe(value.args), **describe(value.keywords)}
     if dataclasses.is_dataclass(value):
         own = {field.name: describe(vars(value)[field.name]) for field in dataclasses.fields(value)}
     else:
@@ -75,9 +75,14 @@ def describe(value: Any) -> Any:
     return {"class_path": describe(type(value)), **own}
 
 
-def describe_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a module that a resumed run must have too, as JSON, without parts, which describe themselves."""
-    own = {name: value for name, value in options.items() if name not in FREE | JUDGED_ELSEWHERE}
+def describe_options(options: Mapping[str, Any], free: Collection[str] = ()) -> dict[str, Any]:
+    """The options of a module that a resumed run must have too, as JSON, without parts, which describe themselves.
+
+    Args:
+        options: All of them.
+        free: Those of which a resumed run may have others.
+    """
+    own = {name: value for name, value in options.items() if name not in free and name not in JUDGED_ELSEWHERE}
     return {name: describe(value) for name, value in own.items() if not isinstance(value, Part)}
 
 

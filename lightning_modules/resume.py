@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -29,11 +29,14 @@ class ResumableLitModule(SpreadLitModule):
     """A module that remembers its options, also those of a subclass, and refuses to go on with a run that had others.
 
     Attributes:
+        free_options: Options that do not change what is learnt, or only where a run begins: a resumed one may have others. A
+            subclass adds its own: `free_options = MultiModalLitModule.free_options | {"plot_every"}`.
         goes_on_from: The checkpoint that will be loaded, where that is known before the weights are made; from it, and not from
             `init_from`, it is known then which weights came from another run.
         init_from: The checkpoint that a run starts from.
     """
 
+    free_options: ClassVar[frozenset[str]] = frozenset({"generation", "feature_cache", "init_from", "on_non_finite"})
     init_from: str | None
     goes_on_from: Path | None = None
     _options: dict[str, Any]
@@ -41,7 +44,7 @@ class ResumableLitModule(SpreadLitModule):
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         module = super().__new__(cls)
         # now, since a constructor, or a run, may change what it was given
-        module.__dict__["_options"] = describe_options(given_options(cls, args, kwargs))
+        module.__dict__["_options"] = describe_options(given_options(cls, args, kwargs), cls.free_options)
         return module
 
     def __init__(self) -> None:

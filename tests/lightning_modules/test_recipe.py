@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def test_options_are_described_as_json() -> None:
     module = f"{__name__}."
     assert describe({"a": (1, None, "b"), 2: {"z", "y"}}) == {"a": [1, None, "b"], "2": ["y", "z"]}
     assert describe([Options(), Base]) == [{"class_path": f"{module}Options", "sizes": [1, 2], "folder": "a/b"}, f"{module}Base"]
+    assert describe(torch.sigmoid) != describe(torch.tanh)
+    assert describe(partial(Base, "a", rate=1)) == {"partial": f"{module}Base", "args": ["a"], "rate": 1}
     assert describe(Slotted()) == {"class_path": f"{module}Slotted"}
     scorer = describe(ReferenceCriterion(weight=2.0, scorer=MultimodalConsistencyScorer(scale=0.75)))["scorer"]
     assert (scorer["center"], scorer["scale"]) == (0.0, 0.75)  # of an object that is no dataclass, too
@@ -95,6 +98,19 @@ class TestObjective:
         free = {"on_non_finite": "skip", "init_from": "other.ckpt", "lr_factor": 0.5}  # the rates are compared
         saved, now = (make_module(DPOLitModule, tiny_llm, None, **given).objective() for given in ({}, free))
         assert saved == now
+
+    def test_a_subclass_adds_such_options(self, tiny_llm: Path) -> None:
+        class Plotted(DPOLitModule):
+            free_options = DPOLitModule.free_options | {"plot_every"}
+
+            def __init__(self, *args: Any, plot_every: int = 10, margin: float = 0.0, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+
+        options = ({}, {"plot_every": 5, "on_non_finite": "skip"}, {"margin": 0.5})
+        saved, free, other = (make_module(Plotted, tiny_llm, None, **given).objective() for given in options)
+        assert saved == free
+        with pytest.raises(ValueError, match=r"model\.margin = 0\.0, but here it is 0\.5"):
+            check_objective(other, saved)
 
     def test_another_class_is_refused(self, tiny_llm: Path) -> None:
         saved, now = (make_module(kind, tiny_llm, None).objective() for kind in (DPOLitModule, RewardLitModule))
