@@ -39,6 +39,8 @@ def explain(message: str, option_names: Iterable[str]) -> str:
     value = re.search(r"(?:Got value: |Given value: )(.*)", text)
     kinds = re.findall(r"Expected an? (.*?)(?:\. Got value: .*)?$", text, re.MULTILINE)
     if value and kinds:
+        if value[1].strip() == "None" and "<class 'NoneType'>" in kinds:  # jsonargparse writes it out for the class inside
+            return f"{place}: null cannot be given on the command line so deep: give it in a YAML file, by one more --config"
         return f"{place} is {value[1].strip()}, expected {' or '.join(map(_kind, kinds))}"
     reason = " ".join(line.strip() for line in text.splitlines() if line.strip())
     if command := re.fullmatch(r"argument subcommand: invalid choice: '(.*?)' \(choose from (.*)\)", reason):

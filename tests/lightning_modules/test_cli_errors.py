@@ -53,6 +53,10 @@ class TestExplain:
                 "model.language_model.dtype is fp8, expected 'float32', 'bfloat16', 'float16'",
             ),
             (["--model.language_model.tune.lora.target_modules=q"], "target_modules is q, expected a list such as [a, b]"),
+            (
+                ["--model.language_model.tune.lr=null"],
+                "model.language_model.tune.lr: null cannot be given on the command line so deep: give it in a YAML file",
+            ),
             (["--data=ImageDataModul"], "ImageDataModul is no known name in data. Did you mean ImageDataModule?"),
             (["--data.batch_size=eight"], "data.batch_size is eight, expected int"),
             (["--trainer.logger=CSVLoger"], "CSVLoger is no known name in trainer.logger. Did you mean CSVLogger?"),
