@@ -84,8 +84,7 @@ def row_sizes(dataset: "RowDataset", num_workers: int) -> RowSizes:
         num_workers: Processes that read the headers; 0: this one does it.
     """
     looks = [_Look(source, num_workers) for source in dataset.sources]
-    for look in looks:
-        look.go_on(math.inf)
+    _go_on(looks, math.inf)
     return _of_all(looks)
 
 
@@ -132,7 +131,7 @@ def agree_on_sizes(loader: "RowLoader", trainer: "L.Trainer | None") -> None:
     looks = [_Look(source, loader.num_workers, again) for source in sources] if trainer.global_rank == 0 and sizes is None else []
     is_done = False
     while not is_done:
-        is_done = trainer.strategy.reduce_boolean_decision(all(look.go_on(_SECONDS) for look in looks))
+        is_done = trainer.strategy.reduce_boolean_decision(_go_on(looks, _SECONDS))
     if looks:
         sizes = _of_all(looks)
         kept = _place_of_run(sources, hash_of_sizes(sizes))
@@ -177,29 +176,39 @@ class _Look:
                 "%s: looking at the sizes of %s rows, to fill batches with them", source.file.path, f"{len(self._ahead):,}"
             )
 
-    def go_on(self, seconds: float) -> bool:
-        """Looks at more rows.
+    @property
+    def is_done(self) -> bool:
+        """Whether all rows have been looked at."""
+        return not len(self._ahead)
+
+    def go_on(self, deadline: float) -> None:
+        """Looks at more rows, some hundreds at least.
 
         Args:
-            seconds: Then it stops, behind some hundreds of rows.
-
-        Returns:
-            Whether all have been looked at.
+            deadline: Behind those it stops at this time of `time.monotonic`.
         """
-        if not len(self._ahead):
-            return True
         own = torch.Generator()  # a loader that draws from the global one would make the first run another one than later ones
         rows = _Sizes(self.source, self._ahead)
         loader = DataLoader(rows, batch_size=_ROWS, num_workers=self.num_workers, collate_fn=list, generator=own)
-        started, num_done = time.monotonic(), 0
+        num_done = 0
         for sizes in loader:
             self.sizes_4R[:, self._ahead[num_done : num_done + len(sizes)]] = np.array(sizes, np.int32).T
             num_done += len(sizes)
-            if time.monotonic() - started >= seconds:
+            if time.monotonic() >= deadline:
                 break
         self._ahead = self._ahead[num_done:]
         _write(self._file, self.sizes_4R)
-        return not len(self._ahead)
+
+
+def _go_on(looks: Sequence[_Look], seconds: float) -> bool:
+    """Looks at more rows, of one source after the other, for so long in all; whether all have been looked at."""
+    deadline = time.monotonic() + seconds
+    for look in looks:
+        if not look.is_done:
+            look.go_on(deadline)
+            if time.monotonic() >= deadline:
+                break
+    return all(look.is_done for look in looks)
 
 
 def _write(path: Path, sizes_4R: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from datamodules.batching import Batching
 from datamodules.collate import collate
 from datamodules.dataset import MultiModalDataset
 from datamodules.loader import RowLoader, StatefulLoader
-from datamodules.packing import RowSizes
+from datamodules.packing import RowSize, RowSizes
 from datamodules.prompt_options import PromptOptions
 from datamodules.row_sizes import agree_on_sizes, row_sizes
 from lightning_modules.processors import make_processor
@@ -203,6 +203,38 @@ def test_a_look_at_many_rows_is_kept_in_parts_and_the_processes_meet_meanwhile(t
     told = SimpleNamespace(reduce_boolean_decision=lambda is_done: is_done, broadcast=lambda sizes: loader.sizes())
     agree_on_sizes(other, SimpleNamespace(global_rank=1, ckpt_path=None, strategy=told))  # does not look itself
     assert other.sizes() is loader.sizes()
+
+
+def test_many_small_sources_do_not_keep_the_processes_apart(tmp_path, row_processor, monkeypatch):
+    """The timeout of their group is 10 minutes with NCCL: a minute for each of 12 sources is too long."""
+    now, met = [0.0], [0.0]
+    monkeypatch.setattr("datamodules.row_sizes.time", SimpleNamespace(monotonic=lambda: now[0]))
+    size = MultiModalDataset.size
+
+    def slowly(own: MultiModalDataset, row: int) -> RowSize:
+        now[0] += 11.0
+        return size(own, row)
+
+    monkeypatch.setattr(MultiModalDataset, "size", slowly)
+
+    def reduce_boolean_decision(is_done: bool) -> bool:
+        met.append(now[0])
+        return is_done
+
+    strategy = SimpleNamespace(reduce_boolean_decision=reduce_boolean_decision, broadcast=lambda sizes: sizes)
+    files = [write_rows(tmp_path / f"{number}.jsonl", 5) for number in range(12)]  # 55 seconds each
+    sources = [MultiModalDataset(str(path), str(tmp_path), row_processor) for path in files]
+    loader = SimpleNamespace(
+        batches=SimpleNamespace(batching=Batching("packed")),
+        dataset=SimpleNamespace(sources=sources),
+        num_workers=0,
+        sizes=SimpleNamespace(known=None),
+    )
+    agree_on_sizes(loader, SimpleNamespace(global_rank=0, ckpt_path=None, strategy=strategy))
+    assert (
+        max(np.diff(met)) == 110.0 and met[-1] == 12 * 55.0
+    )  # two sources, as a source's rows are looked at some hundreds at a time
+    assert loader.sizes.known.tokens_R.tolist() == [len(source[row].tokens) for source in sources for row in range(5)]
 
 
 @pytest.mark.parametrize("answer_form", [AnswerForm("pairs", shared_prompt=False), AnswerForm("pairs", corrupt_media=True)])
