@@ -1,10 +1,7 @@
 """How much of a batch each row takes, known from its text and the headers of its media, and kept from run to run."""
 
-import hashlib
 import logging
 import math
-import os
-import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.abandoned import sweep_abandoned
 from datamodules.answer_examples import answer_example
 from datamodules.answer_rows import answer_rows
 from datamodules.batch import MODALITIES, Example, RowError
 from datamodules.content import Media
 from datamodules.data_order import SIZES, hash_of_sizes
+from datamodules.kept_sizes import keep, kept_sizes, place_of, place_of_run
 from datamodules.packing import RowSize, RowSizes
 from datamodules.parts import Prepared
 
@@ -134,9 +131,9 @@ def agree_on_sizes(loader: "RowLoader", trainer: "L.Trainer | None") -> None:
         is_done = trainer.strategy.reduce_boolean_decision(_go_on(looks, _SECONDS))
     if looks:
         sizes = _of_all(looks)
-        kept = _place_of_run(sources, hash_of_sizes(sizes))
-        if not kept.is_file():
-            _write(kept, np.concatenate([look.sizes_4R for look in looks], axis=1))
+        place = place_of_run(sources, hash_of_sizes(sizes))
+        if kept_sizes(place, len(sizes.tokens_R)) is None:
+            keep(place, np.concatenate([look.sizes_4R for look in looks], axis=1))
     loader.sizes.known = trainer.strategy.broadcast(sizes)
 
 
@@ -150,8 +147,8 @@ def _begun_with(sources: "Sequence[MultiModalDataset]", trainer: "L.Trainer") ->
     file = path / "meta.pt" if path.is_dir() else path  # of a folder of shards it is what has no shards
     checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     own = checkpoint.get(name, {}).get("train", {}).get("order", {}).get(SIZES)
-    kept = None if own is None else _place_of_run(sources, own)
-    return RowSizes(*np.load(kept, allow_pickle=False)) if kept is not None and kept.is_file() else None
+    kept = None if own is None else kept_sizes(place_of_run(sources, own), sum(map(len, sources)))
+    return None if kept is None else RowSizes(*kept)
 
 
 class _Look:
@@ -166,10 +163,10 @@ class _Look:
     def __init__(self, source: "MultiModalDataset", num_workers: int, again: bool = True) -> None:
         self.source = source
         self.num_workers = num_workers
-        self._file = _place(source)
-        is_kept = self._file.is_file()
+        self._place = place_of(source)
+        kept = kept_sizes(self._place, len(source))
         # 0 tokens: the row could not be used; below: it has not been looked at
-        self.sizes_4R = np.load(self._file, allow_pickle=False) if is_kept else np.full((4, len(source)), -1, np.int32)
+        self.sizes_4R = np.full((4, len(source)), -1, np.int32) if kept is None else kept
         self._ahead = np.flatnonzero(self.sizes_4R[0] < again)
         if len(self._ahead):
             log.warning(
@@ -197,7 +194,7 @@ class _Look:
             if time.monotonic() >= deadline:
                 break
         self._ahead = self._ahead[num_done:]
-        _write(self._file, self.sizes_4R)
+        keep(self._place, self.sizes_4R)
 
 
 def _go_on(looks: Sequence[_Look], seconds: float) -> bool:
@@ -209,18 +206,6 @@ def _go_on(looks: Sequence[_Look], seconds: float) -> bool:
             if time.monotonic() >= deadline:
                 break
     return all(look.is_done for look in looks)
-
-
-def _write(path: Path, sizes_4R: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep_abandoned(path.parent, "*.npy.*.tmp")
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            np.save(file, sizes_4R)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _of_all(looks: Sequence[_Look]) -> RowSizes:
@@ -242,35 +227,3 @@ class _Sizes(Dataset[RowSize]):
             return self.source.size(int(self.rows[place]))
         except RowError:  # its turn in a batch names it
             return RowSize(0, 0, 0, 0)
-
-
-def _place(source: "MultiModalDataset") -> Path:
-    """Where the sizes of a source are kept: under a hash of all that they depend on but the media themselves."""
-    status = source.file.path.stat()
-    told = (
-        "tokens, encoded, num_rows, longest",
-        str(source.file.path.resolve()),
-        status.st_size,
-        status.st_mtime_ns,
-        str(source.media_root.path),
-        source.prompt_template,
-        source.limits,
-        source.answer_form,
-        source.judge is not None and source.judge.builds,
-        source.processor.fingerprint(),
-        hashlib.sha256(np.asarray(source.rows, np.int64).tobytes()).hexdigest(),
-    )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "omnilit" / "sizes" / f"{hashlib.sha256(repr(told).encode()).hexdigest()}.npy"
-
-
-def _place_of_run(sources: "Sequence[MultiModalDataset]", own: str) -> Path:
-    """Where the sizes that a run began with are kept: later looks at the same rows may find others, and never change these.
-
-    Args:
-        sources: Of the rows.
-        own: The `hash_of_sizes`.
-    """
-    places = [_place(source) for source in sources]
-    name = hashlib.sha256(repr([place.stem for place in places]).encode()).hexdigest()
-    return places[0].with_name(f"{name}.{own}.npy")
