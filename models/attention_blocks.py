@@ -97,12 +97,22 @@ def use_blocks(model: "PreTrainedModel") -> None:
 
     Args:
         model: A model of transformers with its weights.
+
+    Raises:
+        ValueError: It caps the scores of attention (Gemma 2, arXiv 2408.00118, section 2), which sdpa would leave out.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     decoder = model.get_decoder()
-    if decoder.config._attn_implementation == "sdpa" and decoder._can_set_attn_implementation():
+    if decoder.config._attn_implementation != "sdpa":
+        return
+    if decoder.config.to_dict().get("attn_logit_softcapping") is not None:
+        raise ValueError(
+            f"{type(model).__name__} caps the scores of attention (attn_logit_softcapping), which attn_implementation sdpa would "
+            "leave out: set language_model.attn_implementation to eager"
+        )
+    if decoder._can_set_attn_implementation():
         AttentionInterface.register(NAME, attend_in_blocks)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         decoder.set_attn_implementation(NAME)

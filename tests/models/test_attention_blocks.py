@@ -67,6 +67,15 @@ def test_who_attends_in_blocks_and_who_says_that_it_does_not(family, kind, make_
     assert ("a mask of the whole row" in caplog.text) == (kind != NAME)
 
 
+def test_a_cap_on_the_scores_is_never_left_out(make_model, model_folder, monkeypatch):
+    """Of transformers before 5.21, and of models that bring their own code."""
+    from transformers import Gemma2PreTrainedModel
+
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM caps the scores .*attn_implementation to eager"):
+        make_model(model_folder("gemma2"))
+
+
 def test_flash_attention_gets_the_lengths_of_the_samples(make_model, model_folder):
     """By a stand-in, as flash attention itself runs on GPUs alone."""
     from transformers import AttentionInterface, AttentionMaskInterface
