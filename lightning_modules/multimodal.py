@@ -21,7 +21,7 @@ from lightning_modules.feature_cache import report, share_features
 from lightning_modules.losses import AnswerScores, cross_entropy, score_answers, supervised, supervised_rows
 from lightning_modules.measuring import Stage
 from lightning_modules.non_finite import OnNonFinite
-from lightning_modules.optim import WarmupCosine, parameter_groups, scheduled
+from lightning_modules.optim import WarmupCosine, parameter_groups, scheduled, take_into_memory
 from lightning_modules.processors import make_processor
 from lightning_modules.resume import ResumableLitModule
 from lightning_modules.run_state import StepStart, add_place, check_processor, set_rng_state, take_place
@@ -216,6 +216,7 @@ class MultiModalLitModule(ResumableLitModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over what trains, in groups by part, and the scheduler."""
         optimizer = self.optimizer(parameter_groups(self.parts()))
+        optimizer.register_load_state_dict_post_hook(take_into_memory)
         if self.lr_scheduler is not None:
             return scheduled(optimizer, self.lr_scheduler(optimizer), self.lr_scheduler_interval)
         total_steps = self.trainer.estimated_stepping_batches

@@ -14,10 +14,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from encoders.base import Part
+from models.checkpoint import in_memory
 from models.flat_layer import shape_of
 
 NO_DECAY = "/no_decay"
 """Ends the names of groups whose weights do not decay."""
+
+
+def take_into_memory(optimizer: Optimizer) -> None:
+    """Copies what `load_state_dict` has left in the file of a checkpoint (`read_checkpoint`): all on the processor, and elsewhere
+    the number of steps, since it does not copy what has the device and type already."""
+    for state in optimizer.state.values():
+        state.update(in_memory(state))
 
 
 def parameter_groups(parts: Mapping[str, Part]) -> list[dict[str, Any]]:

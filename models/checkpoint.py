@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from models.manifest import fault, manifest_path
 from models.spread import spread_like, whole
@@ -24,6 +25,8 @@ METADATA = "meta.pt"
 """Lightning's name for what is no tensor, in a checkpoint that is a folder."""
 
 KEYS = {"state_dict", "model", "fingerprints"}
+MAPPED = {"state_dict", "optimizer_states"}
+"""What `read_checkpoint` leaves in the file, which is read when a model or an optimizer takes it up."""
 DAMAGE = (zipfile.BadZipFile, zlib.error, UnpicklingError, RuntimeError, ValueError, OSError, EOFError)
 """What zipfile and torch raise for a damaged or foreign file."""
 
@@ -77,6 +80,10 @@ def _sum_of_bits(flat: Tensor) -> int:
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint without running code from it.
 
+    Weights and the states of optimizers are mapped, not read: the processes of a machine share what they look at, instead of
+    having a copy each. They are to be taken up at once, and copied. Where another machine replaces a file on a network disk, what
+    is still mapped of it is lost, and ends the process that looks at it. So all else is read.
+
     Raises:
         ValueError: There is no such file, or it is no checkpoint of ours.
     """
@@ -97,7 +104,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     try:
         damaged = _damaged_entry(path)
-        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except DAMAGE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
@@ -107,7 +114,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {damaged} in it is not what was written. Take another checkpoint of the run")
     if not isinstance(checkpoint, dict) or not set(checkpoint) >= KEYS:
         raise ValueError(f"{path} is a torch file but no checkpoint of this project: it lacks {', '.join(sorted(KEYS))}")
-    return checkpoint
+    return {name: value if name in MAPPED else in_memory(value) for name, value in checkpoint.items()}
+
+
+def in_memory(value: Any) -> Any:
+    """The same with tensors of its own, where they are not on another device; of nested lists and dictionaries, too."""
+    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.device.type == "cpu" else tensor, value)
 
 
 def peek(path: Path) -> dict[str, Any]:
@@ -126,8 +138,11 @@ def peek(path: Path) -> dict[str, Any]:
 def _damaged_entry(path: Path) -> str | None:
     """The first entry of the archive that is not as it was written: torch does not compare the checksums that it writes."""
     with zipfile.ZipFile(path) as archive:
-        folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]  # torch would leave them unread
-        return archive.testzip() or next(iter(folders), None)
+        for entry in archive.infolist():
+            is_folder = entry.external_attr & 0x10  # torch would leave it unread
+            if is_folder or entry.compress_type != zipfile.ZIP_STORED:  # and map it as it stands there
+                return entry.filename
+        return archive.testzip()
 
 
 def load_saved(

@@ -1,5 +1,6 @@
 """A run goes on with the objective and the optimizer that it began with, or not at all."""
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,6 +107,29 @@ def test_it_goes_on_with_what_does_not_matter(tiny_llm: Path, tiny_clip: Path, r
     assert {float(state["step"]) for state in trainer.optimizers[0].state.values()} >= {10.0}
     rates = {row["part"]: row["lr"] for row in json.loads((tmp_path / "parts.json").read_text())}
     assert rates["language_model"] == rates["image_projector"] == 1e-2
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux alone says what is mapped")
+def test_nothing_stays_in_the_file_of_the_checkpoint(
+    tiny_llm: Path, tiny_clip: Path, rows: Path, run: Path, tmp_path: Path
+) -> None:
+    """Which another machine may replace: the states of the optimizer would end the process that looks at them."""
+    path, mapped = run / "checkpoints/last.ckpt", []
+
+    class Look(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            gc.collect()
+            mapped.append(str(path) in Path("/proc/self/maps").read_text())
+
+    fit(
+        make_module(tiny_llm, tiny_clip, Focused, optimizer=adamw()),
+        tmp_path,
+        rows,
+        Look(),
+        resume=path,
+        **(ONE | {"max_epochs": 2}),
+    )
+    assert mapped == [False] * 5
 
 
 def test_a_longer_run_has_the_rates_of_one_that_was_so_long_from_its_beginning(

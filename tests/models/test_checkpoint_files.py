@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from models.checkpoint import fingerprints, read_checkpoint, saved_names
+from models.checkpoint import fingerprints, in_memory, read_checkpoint, saved_names
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def test_a_cut_file_is_refused(checkpoint):
 
 def test_no_flipped_bit_is_read_as_a_weight(checkpoint):
     whole, generator = checkpoint.read_bytes(), torch.Generator().manual_seed(4)
-    state, refused = read_checkpoint(checkpoint)["state_dict"], 0
+    state, refused = in_memory(read_checkpoint(checkpoint)["state_dict"]), 0
     for place in torch.randint(len(whole), (60,), generator=generator).tolist():
         spoilt = bytearray(whole)
         spoilt[place] ^= 16
@@ -46,6 +47,42 @@ def test_no_flipped_bit_is_read_as_a_weight(checkpoint):
         else:  # between the weights
             assert got.keys() == state.keys() and all(torch.equal(got[name], state[name]) for name in state)
     assert refused > 10
+
+
+def is_mapped(tensor: Tensor, path: Path) -> bool:
+    """Whether a tensor is in a file, by what the system says of the process."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(address, 16) for address in line.split()[0].split("-"))
+        if first <= tensor.data_ptr() < last:
+            return line.endswith(str(path))
+    raise AssertionError("a tensor is nowhere")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux alone says what is mapped")
+def test_large_tensors_stay_in_the_file_and_small_ones_do_not(tmp_path):
+    """Which on a network disk may be gone when they are looked at again."""
+    moments = {"state": {0: {"exp_avg": torch.rand(3000), "step": torch.tensor(3.0)}}, "param_groups": [{"params": [0]}]}
+    best = {"scores": [torch.tensor(0.5)], "name": "val/loss"}
+    path = tmp_path / "last.ckpt"
+    written = {"state_dict": {"a": torch.rand(3000)}, "optimizer_states": [moments], "callbacks": {"best": best}}
+    torch.save(written | {"model": {}, "fingerprints": {}}, path)
+    read = read_checkpoint(path)
+    assert is_mapped(read["state_dict"]["a"], path) and is_mapped(read["optimizer_states"][0]["state"][0]["exp_avg"], path)
+    assert read["callbacks"]["best"] == best
+    assert not is_mapped(read["callbacks"]["best"]["scores"][0], path)
+    path.unlink()
+    assert torch.equal(read["state_dict"]["a"], written["state_dict"]["a"])
+
+
+def test_a_checkpoint_that_somebody_has_compressed_is_refused(checkpoint):
+    """It would be mapped as it stands there."""
+    with zipfile.ZipFile(checkpoint) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(checkpoint, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match=r"last.ckpt is damaged: .* in it is not what was written"):
+        read_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("content", [b"", b"this is a text\n", b"\x80\x04K\x01.", b"PK\x03\x04"])
