@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_modules.open_epoch import kept_open
-from lightning_modules.run_folder import cannot_write, run_folder, write_text
+from lightning_modules.run_folder import cannot_write, checkpoint_folder, run_folder, write_text
 from lightning_modules.signals import Signals, StoppedBySignal, requeue
 from models.checkpoint import read_checkpoint
 from models.manifest import HashingWriter, Manifest, copy, discard, manifest_path, publish, read_manifest, sweep, temporary_name
@@ -62,9 +62,8 @@ class RunCheckpoint(ModelCheckpoint):
         self._written: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settles the folder, and clears away what a run that was killed while it saved has left in it."""
-        if self.dirpath is None:
-            self.dirpath = str(run_folder(trainer) / "checkpoints")
+        """Settles the folder, which must be the run's own, and clears away what one that was killed while it saved left there."""
+        self.dirpath = str(checkpoint_folder(run_folder(trainer), self.dirpath))
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning
             for folder in (Path(self.dirpath), run_folder(trainer), run_folder(trainer) / "non_finite"):
                 sweep(folder)

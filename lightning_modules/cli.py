@@ -23,7 +23,7 @@ from lightning_modules.checkpoints import CheckpointFile, RunCheckpoint
 from lightning_modules.cli_errors import explain, reason, show_user_errors
 from lightning_modules.cli_yaml import ConfigFile
 from lightning_modules.commands import Command, Setup
-from lightning_modules.run_folder import CONFIG
+from lightning_modules.run_folder import CONFIG, checkpoint_folder
 from lightning_modules.run_summary import SUMMARY
 from lightning_modules.samples import SamplePage
 from models.manifest import SUFFIX, manifested, newest, read_manifest
@@ -102,7 +102,7 @@ class OmniLitCLI(LightningCLI):
         """Settles the run folder, and finds the checkpoint before anything is built.
 
         Raises:
-            ValueError: There is no such checkpoint.
+            ValueError: There is no such checkpoint, they are to be outside of the run folder, or a class is given as a name.
         """
         if self.subcommand in self.commands:
             return
@@ -112,6 +112,13 @@ class OmniLitCLI(LightningCLI):
             config.trainer.default_root_dir = str(Path(config.trainer.default_root_dir) / run_id)
             if isinstance(config.trainer.logger, Namespace):
                 config.trainer.logger.init_args.save_dir = config.trainer.default_root_dir
+        checkpoint_folder(Path(config.trainer.default_root_dir), config.checkpoint.dirpath)  # before one is looked for
+        strategy = config.trainer.strategy
+        if isinstance(strategy, str) and "." in strategy:
+            raise ValueError(
+                f"trainer.strategy is {strategy}, which is no name of a strategy. A class is given by its path: "
+                f"--trainer.strategy.class_path {strategy}"
+            )
         if config.trainer.enable_progress_bar is not False and not _has_progress_bar(config.trainer.callbacks or []):
             self.trainer_defaults["callbacks"] = [*self.trainer_defaults["callbacks"], ProgressBar()]
         if "ckpt_path" in config:
@@ -189,7 +196,7 @@ def find_checkpoint(ckpt_path: str | None, run_folder: Path, may_begin: bool = F
     """
     if ckpt_path is None:
         return None
-    folder = run_folder / "checkpoints"
+    folder = checkpoint_folder(run_folder)
     there = sorted(folder.glob("*.ckpt"))
     listing = ", ".join(path.name for path in there) or "nothing"
     if ckpt_path == "last":
@@ -219,7 +226,7 @@ def find_checkpoint(ckpt_path: str | None, run_folder: Path, may_begin: bool = F
 
 def _named_checkpoints(run_folder: Path) -> list[str]:
     """Checkpoints that a run has had, by its manifests and its summary."""
-    named = {manifested(file).name for file in (run_folder / "checkpoints").glob(f"*{SUFFIX}")}
+    named = {manifested(file).name for file in checkpoint_folder(run_folder).glob(f"*{SUFFIX}")}
     summary = run_folder / SUMMARY
     if summary.is_file():
         told = json.loads(summary.read_text(encoding="utf-8"))

@@ -27,6 +27,26 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir)
 
 
+def checkpoint_folder(folder: Path, dirpath: str | Path | None = None) -> Path:
+    """Where a run keeps its checkpoints.
+
+    Args:
+        folder: The folder of the run.
+        dirpath: Where `checkpoint.dirpath` says that they are.
+
+    Raises:
+        ValueError: That is elsewhere, where neither `--ckpt_path last` nor another fit in the folder would look for them.
+    """
+    own = folder / "checkpoints"
+    if dirpath is not None and Path(dirpath).expanduser().resolve() != own.expanduser().resolve():
+        raise ValueError(
+            f"checkpoint.dirpath is {dirpath}, but a run keeps its checkpoints in its own folder, here in {own}: its lock guards "
+            "them there, and --ckpt_path last finds them. Leave it out (null), and say with --trainer.default_root_dir where the "
+            "run is to be; a checkpoint that is elsewhere can be named with --ckpt_path"
+        )
+    return own
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all: under a temporary name first, then renamed.
 
@@ -187,7 +207,7 @@ def _raise_everywhere(trainer: Trainer, problem: str) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("*.ckpt"))
+    return sorted(checkpoint_folder(folder).glob("*.ckpt"))
 
 
 def _counted(checkpoints: list[Path]) -> str:

@@ -11,6 +11,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 from torch.optim import Optimizer
 
 from lightning_modules.checkpoints import CannotSaveError
@@ -52,6 +55,26 @@ def check_at_a_time(optimizer: Optimizer, kind: Callable[[Tensor], object], prec
                 f"model.optimizer.{at_a_time} is true, which steps all weights at a time, and with tensor_parallel_size {split} "
                 f"some are split and others not: set model.optimizer.{at_a_time} to false"
             )
+
+
+class ShardWriter(dcp.FileSystemWriter):
+    """Torch's writer of a folder of shards, which raises what the disk said.
+
+    Torch hides that behind an error of its own, as its context, which is lost where a process tells the others of it.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Writes the shards of this process.
+
+        Raises:
+            OSError: The disk is full, or fails.
+        """
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -166,7 +189,7 @@ class ShardedStrategy(ModelParallelStrategy):
         for number, state in enumerate(checkpoint.pop("optimizer_states", [])):
             shards[f"optimizer_{number}"] = state
         try:
-            dcp.save(shards, checkpoint_id=temporary)
+            dcp.save(shards, storage_writer=ShardWriter(temporary), checkpoint_id=temporary)
             if self.is_global_zero:
                 with (temporary / METADATA).open("wb") as file:
                     torch.save(checkpoint, file)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from datamodules.batch import Batch
@@ -263,6 +263,13 @@ def whole_files(folder: Path) -> list[str]:
     assert names == sorted([*checkpoints, *(f"{name}.manifest.json" for name in checkpoints)])
     assert not any(fault(folder / name) for name in checkpoints)
     return checkpoints
+
+
+def test_it_takes_no_folder_but_that_of_the_run(tmp_path: Path) -> None:
+    checkpoint = RunCheckpoint(dirpath=tmp_path / "elsewhere")
+    trainer = Trainer(default_root_dir=tmp_path, callbacks=[checkpoint], accelerator="cpu", logger=False)
+    with pytest.raises(ValueError, match="checkpoint.dirpath is .*elsewhere, but a run keeps"):
+        checkpoint.setup(trainer, LightningModule(), "fit")
 
 
 class TestFile:

@@ -21,6 +21,15 @@ TINY = ["--config", "configs/sft/tiny.yaml", "--trainer.enable_progress_bar=fals
         (["--data.batch_size=0"], "data.batch_size is a number of rows, at least 1, got 0"),
         (["--checkpoint.mode=middle"], "`mode` can be min, max but got middle"),
         (["--trainer.accelerator=gpuu"], "You selected an invalid accelerator name"),
+        (
+            ["--trainer.strategy=lightning_modules.flat_shards.FlatShardedStrategy"],
+            "trainer.strategy is lightning_modules.flat_shards.FlatShardedStrategy, which is no name of a strategy. A class is "
+            "given by its path: --trainer.strategy.class_path lightning_modules.flat_shards.FlatShardedStrategy",
+        ),
+        (
+            ["--checkpoint.dirpath=elsewhere"],
+            "checkpoint.dirpath is elsewhere, but a run keeps its checkpoints in its own folder",
+        ),
     ],
 )
 def test_what_a_constructor_refuses_is_said_alone(arguments: list[str], expected: str, tmp_path: Path) -> None:
@@ -107,6 +116,18 @@ class TestFindCheckpoint:
         (tmp_path / "summary.json").write_text('{"steps": 8, "best_checkpoint": null, "last_checkpoint": null}')
         with pytest.warns(UserWarning, match="ended before its first, and begins anew"):
             assert find_checkpoint("last", tmp_path, may_begin=True) == "last"
+
+
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_checkpoints_outside_of_the_run_folder_are_refused_before_one_is_looked_for(command: str, tmp_path: Path) -> None:
+    """Or a run that was killed and has some there would begin anew."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    (run / "config.yaml").write_text("model: {}\n")
+    CheckpointFile().save_checkpoint({"global_step": 9}, elsewhere / "last.ckpt")
+    given = [f"--checkpoint.dirpath={elsewhere}", "--ckpt_path=last"]
+    with pytest.raises(ValueError, match=rf"here in {run}/checkpoints: .*--ckpt_path last finds.*--trainer\.default_root_dir"):
+        main([command, *TINY, "--trainer.default_root_dir", str(run), *given])
 
 
 @pytest.mark.parametrize(("count", "has_begun", "taken"), [(None, True, None), ("1", True, "step 9"), ("1", False, None)])

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 
-from lightning_modules.run_folder import RunFolder, write_text
+from lightning_modules.run_folder import RunFolder, checkpoint_folder, write_text
 from lightning_modules.run_lock import LOCK
 from tests.forked import fork
 
@@ -136,6 +136,21 @@ def test_where_no_checkpoint_is_there_is_nothing_to_go_on_from(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"already holds a run \(config.yaml\)") as error:
         fit(tmp_path)
     assert "--ckpt_path" not in str(error.value)
+
+
+def test_checkpoints_are_kept_in_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is written, and also where it is a link to another disk."""
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    monkeypatch.chdir(tmp_path)
+    for given in (None, "run/checkpoints", run / "checkpoints/", run / "../run/checkpoints"):
+        assert checkpoint_folder(run, given) == run / "checkpoints"
+    for elsewhere in (disk, run, run / "checkpoints/deeper", "checkpoints", "s3://bucket/run/checkpoints"):
+        with pytest.raises(ValueError, match=rf"checkpoint\.dirpath is {elsewhere}, but a run keeps .* in {run}/checkpoints"):
+            checkpoint_folder(run, elsewhere)
+    for folder in (run, disk):
+        folder.mkdir()
+    (run / "checkpoints").symlink_to(disk)
+    assert checkpoint_folder(run, disk) == run / "checkpoints"
 
 
 def test_a_resumed_run_keeps_every_config(tmp_path: Path) -> None:

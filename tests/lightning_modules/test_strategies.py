@@ -2,6 +2,8 @@
 
 import errno
 import os
+import pickle
+import resource
 import runpy
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +13,7 @@ from typing import Any, Literal, cast
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
@@ -26,7 +29,7 @@ from lightning_modules.flat_shards import FlatPrecision, FlatShardedStrategy
 from lightning_modules.multimodal import MultiModalLitModule
 from lightning_modules.preference import PreferenceLitModule
 from lightning_modules.reward_model import RewardLitModule
-from lightning_modules.strategies import METADATA, ShardedStrategy
+from lightning_modules.strategies import METADATA, ShardedStrategy, ShardWriter
 from models.checkpoint import read_checkpoint
 from models.cross_attention import GatedCrossAttentionFusion
 from models.fusion import Fusion
@@ -341,6 +344,22 @@ def test_a_full_disk_under_a_folder_is_said_by_all(
     assert in_two_processes(job, strategy=folder, **more) == ([1, 1] if on_save_error == "stop" else [0, 0])
     manifest = read_manifest(resume)
     assert manifest is not None and manifest.step == 3 and not list(resume.parent.glob(".*"))
+
+
+def test_a_disk_that_is_full_while_a_shard_is_written_is_said_by_its_own_words(tmp_path: Path) -> None:
+    """Also to the other processes, to which no context of an error comes."""
+    big = {"weight": torch.zeros(100_000)}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # as a full disk: writing fails in the middle
+    try:
+        said = ShardedStrategy()._write_folder({"state_dict": big}, tmp_path / "last.ckpt", tmp_path / "temporary")
+        with pytest.raises(dcp.api.CheckpointException) as info:
+            dcp.save(big, storage_writer=ShardWriter(tmp_path / "other"), no_dist=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert said.startswith(f"{tmp_path}/last.ckpt cannot be written (File too large): make room")
+    told = pickle.loads(pickle.dumps(info.value.failures[0][0]))
+    assert isinstance(told, OSError) and told.errno == errno.EFBIG
 
 
 @pytest.mark.slow
