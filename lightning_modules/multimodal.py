@@ -24,7 +24,7 @@ from lightning_modules.non_finite import OnNonFinite
 from lightning_modules.optim import WarmupCosine, parameter_groups, scheduled, take_into_memory
 from lightning_modules.processors import make_processor
 from lightning_modules.resume import ResumableLitModule
-from lightning_modules.run_state import StepStart, add_place, check_processor, set_rng_state, take_place
+from lightning_modules.run_state import StepStart, add_place, check_processor, set_rng_state, settle_place, take_place
 from lightning_modules.step_loss import StepLoss
 from models.checkpoint import check_options, load_saved, saved_names
 from models.fusion import Fusion
@@ -263,6 +263,7 @@ class MultiModalLitModule(ResumableLitModule):
         self._step_start = None
         self._step_loss.reset()
         self._used.clear()
+        settle_place(self.trainer)
         if self._rng is not None:
             set_rng_state(self._rng)
             self._rng = None

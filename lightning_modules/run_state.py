@@ -15,6 +15,7 @@ from torch import Tensor
 from datamodules.fingerprint import differences
 from datamodules.loading import RowDataModule
 from datamodules.processor import Processor
+from lightning_modules.due_validation import hold, is_due
 from lightning_modules.loss_scale import compare_scales
 from lightning_modules.run_summary import num_with_same_rows
 from models.spread import local
@@ -45,9 +46,7 @@ class StepStart:
         return trainer.global_step == self.global_step
 
     def rewind(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
-        """Sets a checkpoint back to the beginning of the step, if that is not over."""
-        if not self.is_open(trainer):
-            return
+        """Sets a checkpoint back to the beginning of the step."""
         checkpoint["rng"] = self.rng
         checkpoint["loops"]["fit_loop"] = self.fit_loop
         if self.datamodule is not None:
@@ -100,7 +99,7 @@ def add_place(checkpoint: dict[str, Any], trainer: Trainer, step_start: StepStar
     Args:
         checkpoint: Of this process; the first one writes it for all of them.
         trainer: Of the run.
-        step_start: Where the step at hand began, which the checkpoint is set back to; None: there is none.
+        step_start: Where the step at hand began, which the checkpoint is set back to if that is not over; None: there is none.
 
     Raises:
         ValueError: A weight, or a value of the optimizer, is not finite, on this process or another.
@@ -109,8 +108,10 @@ def add_place(checkpoint: dict[str, Any], trainer: Trainer, step_start: StepStar
     runs = [logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)]
     checkpoint["wandb_run_id"] = runs[0] if runs else None
     checkpoint["accumulate_grad_batches"] = trainer.accumulate_grad_batches
-    if step_start is not None:
+    if step_start is not None and step_start.is_open(trainer):
         step_start.rewind(checkpoint, trainer)
+    elif is_due(trainer):
+        hold(checkpoint)
     datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, not declared
     name = type(datamodule).__qualname__ if isinstance(datamodule, RowDataModule) else ""
     problem = non_finite(checkpoint["state_dict"]) or non_finite(checkpoint.get("optimizer_states", []))
@@ -166,3 +167,25 @@ def take_place(checkpoint: dict[str, Any], trainer: Trainer) -> Mapping[str, Any
             "rows come in the same batches, but dropout draws other numbers than it would have"
         )
     return states[trainer.global_rank // together % len(states)]
+
+
+def settle_place(trainer: Trainer) -> None:
+    """Puts right what Lightning counts, when training begins.
+
+    Of a step that a checkpoint was set back to the beginning of, it leaves the batch that had begun in the count of all batches,
+    by which `val_check_interval` goes without regard to epochs, and counts the step as one that was logged. At the end of an
+    epoch `take_place` may have counted more batches than this run has.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    current, total = loop.batch_progress.current, loop.batch_progress.total
+    if loop.batch_progress.is_last_batch:
+        for name, number in vars(current).items():
+            setattr(current, name, min(number, trainer.num_training_batches))
+    if total.started < total.ready:
+        loop._batches_that_stepped -= not loop._should_accumulate()
+        total.ready = total.started
+    if trainer.fit_loop.restarting and any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
+        rank_zero_warn(
+            "in the epoch that the run goes on in, Lightning does not show ReduceLROnPlateau its metric: the learning rate may "
+            "fall an epoch later than it would have"
+        )

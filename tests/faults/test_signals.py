@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from ast import literal_eval
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,19 @@ class Send(Callback):
         self._send(trainer, "validation")
 
 
+class Curve(Callback):
+    """Writes the points of the curve of val/loss, and the best checkpoint that there is then."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            point = trainer.current_epoch, trainer.global_step, float(trainer.callback_metrics["val/loss"])
+            with self.path.open("a") as file:
+                file.write(f"{point}\n")
+
+
 def _send_from_outside(group: int, signum: int) -> None:
     os.setpgid(0, 0)
     os.killpg(group, signum)
@@ -85,17 +99,58 @@ def step_of(folder: Path) -> int:
 
 @pytest.mark.parametrize(
     ("signum", "at", "code", "saved"),
-    [(TERM, "backward", 143, 2), (INT, "backward", 130, 2), (TERM, "update", 143, 2), (TERM, "validation", 143, 3)],
+    [
+        (TERM, "backward", 143, 2),
+        (INT, "backward", 130, 2),
+        (TERM, "update", 143, 2),
+        (TERM, "backward", 143, 3),
+        (TERM, "validation", 143, 3),
+    ],
 )
 def test_it_stops_within_a_step_and_goes_on(
     run: Run, rows: Path, tmp_path: Path, signum: int, at: str, code: int, saved: int
 ) -> None:
-    options = {"data": {"val_path": str(rows)}}  # 3 steps an epoch, then 5 batches
-    run("whole", **options)
-    assert in_child(partial(run, "stopped", Send(signum, at=at, step=3 if at == "validation" else 1), **options)) == code
-    assert step_of(tmp_path / "stopped") == saved
-    run("stopped", resume=tmp_path / "stopped/checkpoints/last.ckpt", **options)
-    assert same(end_state(tmp_path / "stopped"), end_state(tmp_path / "whole"))
+    """Also before a validation, or in it, which is made up."""
+    send = Send(signum, at=at, step=saved - (at != "validation"))
+    whole, best = check_goes_on(run, rows, tmp_path, send, code, saved)  # 3 steps an epoch, then 5 batches
+    assert [step for _, step, _ in whole] == [3, 6] and best == "epoch=1-step=6.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("interval", "at", "step", "saved"),
+    [(4, "backward", 1, 2), (4, "validation", 2, 2), (4, "validation", 4, 4), (3, "validation", 1, 1), (3, "validation", 5, 5)],
+)
+def test_validations_in_the_middle_of_an_epoch_or_of_a_step_are_made_up(
+    run: Run, rows: Path, tmp_path: Path, interval: int, at: str, step: int, saved: int
+) -> None:
+    """Batches 4, 8 and 12 of 15 are before one, or 3, 6, 9, 12 and 15; of an epoch's steps the last has one batch."""
+    options = {"val_check_interval": interval, "check_val_every_n_epoch": None, "max_epochs": 3}
+    whole, _ = check_goes_on(run, rows, tmp_path, Send(TERM, at=at, step=step), 143, saved, **options)
+    assert [step for _, step, _ in whole] == {4: [2, 4, 7], 3: [1, 3, 5, 7, 9]}[interval]
+
+
+def check_goes_on(
+    run: Run, rows: Path, folder: Path, send: Send, code: int, saved: int, **options: Any
+) -> tuple[list[tuple[int, int, float]], str]:
+    """Checks that a run which a signal stops ends as one that was left alone, with the same curve; which, and its best
+    checkpoint, are returned."""
+
+    def fitted(name: str, *callbacks: Callback, resume: Path | None = None) -> str:
+        checkpoint = RunCheckpoint(monitor="val/loss")
+        more = {"checkpoint": checkpoint, "data": {"val_path": str(rows)}, "resume": resume, **options}
+        run(name, Curve(folder / f"{name}.txt"), *callbacks, **more)
+        return Path(checkpoint.best_model_path).name
+
+    def curve(name: str) -> list[tuple[int, int, float]]:
+        return list(map(literal_eval, (folder / f"{name}.txt").read_text().splitlines()))
+
+    best = fitted("whole")
+    assert in_child(partial(fitted, "stopped", send)) == code
+    assert step_of(folder / "stopped") == saved
+    assert fitted("stopped", resume=folder / "stopped/checkpoints/last.ckpt") == best
+    assert same(end_state(folder / "stopped"), end_state(folder / "whole"))
+    assert curve("stopped") == curve("whole")
+    return curve("whole"), best
 
 
 def test_a_second_interrupt_ends_it_at_once(run: Run, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor
 
 from datamodules.batch import Batch
@@ -197,6 +198,16 @@ class TestResume:
         assert stopped.trained + resumed.trained[again:] == whole.trained
         assert resumed.trained == whole.trained[-len(resumed.trained) :]
         assert all(torch.equal(ends[name], tensor) for name, tensor in expected.items())
+        steps = [module.trainer.fit_loop.epoch_loop._batches_that_stepped for module in (whole, resumed)]
+        assert steps[0] == steps[1] == whole.trainer.global_step, "by which what is logged is placed"
+
+    def test_a_scheduler_that_waits_for_a_metric_may_miss_one_and_says_so(self, make: Make, rows: Path, tmp_path: Path) -> None:
+        def plateau(optimizer: torch.optim.Optimizer) -> ReduceLROnPlateau:
+            return ReduceLROnPlateau(optimizer, monitor="train/loss")
+
+        path = fit(make(lr_scheduler=plateau), tmp_path / "run", rows, max_steps=3)
+        with pytest.warns(UserWarning, match="does not show ReduceLROnPlateau its metric"):
+            fit(make(lr_scheduler=plateau), tmp_path / "run", rows, resume=path, max_steps=4)
 
     def test_from_an_earlier_checkpoint_it_has_a_new_last_one(self, make: Make, rows: Path, tmp_path: Path) -> None:
         def run(max_steps: int, resume: Path | None = None) -> Path:
