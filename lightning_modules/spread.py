@@ -15,6 +15,7 @@ from lightning_modules.loss_scale import scaler_of, take_scale_off
 from lightning_modules.measuring import MeasuringLitModule
 from lightning_modules.optim import clip_gradients, weights_of
 from lightning_modules.strategies import ShardedStrategy
+from lightning_modules.trainer_options import check_averaging, check_clipping
 from lightning_modules.zero import ZeroStrategy
 from models.checkpoint import fingerprints
 from models.flat import average
@@ -74,8 +75,11 @@ class SpreadLitModule(MeasuringLitModule):
         """Makes the weights, once, and spreads them over the devices as the strategy wants.
 
         Raises:
-            ValueError: The model cannot be made, or not be spread so.
+            ValueError: The model cannot be made, or not be spread so, or the trainer has an option that no fit can have.
         """
+        if self._trainer is not None and self._trainer.training:
+            check_clipping(self._trainer.gradient_clip_val)
+            check_averaging(self._trainer.callbacks)  # type: ignore[attr-defined]  # set by Lightning
         if self.model.is_built:
             return
         for kind, why in _REFUSED.items():

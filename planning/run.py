@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
+from lightning_modules.trainer_options import check_clipping
 from planning.blank_rows import blank_batch
 from planning.devices import GIB, Device
 from planning.epoch import Epoch, open_rows, plan_epoch
@@ -94,8 +95,9 @@ def plan_run(run: Run) -> Plan:
     """Plans a run. Neither weights nor media are read.
 
     Raises:
-        ValueError: The model cannot be made, or not be spread so, or the data cannot be used.
+        ValueError: The model cannot be made, or not be spread so, or the data or an option of the trainer cannot be used.
     """
+    check_clipping(run.trainer.get("gradient_clip_val"))
     precision, placement = precision_of(run.trainer.get("precision")), run.placement
     dataset = open_rows(run.datamodule)
     epoch = plan_epoch(run.datamodule, run.trainer, placement.replicas)
