@@ -15,7 +15,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from lightning_modules.one_file import OneFileStrategy
-from lightning_modules.optim import weights_of
+from lightning_modules.optim import check_takes_shares, weights_of
 from models.flat import Sharding, clip_flat, flatten, own_state, whole_state
 from models.flat_layer import cut_of
 from models.zero import check_whole
@@ -109,9 +109,14 @@ class FlatShardedStrategy(OneFileStrategy, FSDPStrategy):
 
         Of a row torch takes a weight that has none, such as one of a part without rows, beside others that have for one that does
         not train any more.
+
+        Raises:
+            ValueError: It needs more of a weight than a device has.
         """
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
+            if trainer.world_size > 1 and any(cut_of(weight) is not None for weight in weights_of(optimizer)):
+                check_takes_shares(optimizer)
             optimizer.register_step_post_hook(_drop_gradients)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

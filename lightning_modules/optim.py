@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Adafactor, Muon, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from encoders.base import Part
@@ -69,6 +69,26 @@ def parameter_groups(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
 def weights_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """The weights that an optimizer steps, in the order of its state."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def check_takes_shares(optimizer: Optimizer) -> None:
+    """Refuses an optimizer that looks at more than one value of a weight at a time, where a device has but a share of the values.
+
+    Args:
+        optimizer: One that is to step shares of weights.
+
+    Raises:
+        ValueError: It is Adafactor (of torch or transformers), Muon, LBFGS or one of bitsandbytes.
+    """
+    kind = type(optimizer)
+    packages = {cls.__module__.split(".")[0] for cls in kind.__mro__}
+    # transformers has Adafactor alone
+    if isinstance(optimizer, Adafactor | Muon | LBFGS) or packages & {"bitsandbytes", "transformers"}:
+        raise ValueError(
+            f"model.optimizer is {kind.__module__}.{kind.__name__}, which looks at more than one value of a weight at a time, "
+            "and with trainer.strategy a device has but a share of them: take one that treats each value by itself, such as "
+            "torch.optim.AdamW or torch.optim.SGD, or configs/strategy/ddp.yaml, under which each device has the whole model"
+        )
 
 
 def clip_gradients(module: LightningModule, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_modules.checkpoints import CannotSaveError
 from lightning_modules.loss_scale import scaler_in
-from lightning_modules.optim import weights_of
+from lightning_modules.optim import check_takes_shares, weights_of
 from lightning_modules.recipe import keep_how_computed
 from lightning_modules.run_folder import cannot_write
 from models.checkpoint import METADATA
@@ -148,10 +148,13 @@ class ShardedStrategy(ModelParallelStrategy):
         """Makes the optimizer, where it takes the weights one by one if it has to.
 
         Raises:
-            ValueError: It would take all at a time, of which some are split and others not, or their scaler would.
+            ValueError: It would take all at a time, of which some are split and others not, or their scaler would; or it needs
+                more of a weight than a device has.
         """
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
+            if any(map(is_spread, weights_of(optimizer))):
+                check_takes_shares(optimizer)
             check_at_a_time(optimizer, mesh_of, trainer.precision_plugin, self._tensor_parallel_size)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from lightning_modules.one_file import OneFileStrategy
-from lightning_modules.optim import NO_DECAY
+from lightning_modules.optim import NO_DECAY, check_takes_shares
 from lightning_modules.zero_shares import Shares, SharesOfWeights
 from models.stored import num_weights
 from models.zero import GatheredLayers, check_whole
@@ -160,6 +160,8 @@ class ZeroStrategy(OneFileStrategy, DeepSpeedStrategy):
             self.model_to_device()
 
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None) -> Any:
+        if optimizer is not None:
+            check_takes_shares(optimizer)
         if self.stage == 3:
             model = self._partition(model)
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from torch import nn
 
 from lightning_modules.flat_shards import FlatPrecision, FlatShardedStrategy
-from lightning_modules.optim import parameter_groups
+from lightning_modules.optim import check_takes_shares, parameter_groups, weights_of
 from lightning_modules.strategies import ShardedStrategy, check_at_a_time
 from lightning_modules.zero import ZeroPrecision, ZeroStrategy
 from models.flat import Sharding, main_kind
@@ -137,12 +137,16 @@ def check_placement(outline: Outline, placement: Placement, precision: Precision
     Raises:
         ValueError: A model cannot be spread so.
     """
-    if placement.is_sharded or placement.split > 1 or placement.zero is not None:
-        outline.module.check_spread(placement.zero is not None)
-        check_not_quantised(outline.module.model)
+    if not (placement.is_sharded or placement.split > 1 or placement.zero is not None):
+        return
+    outline.module.check_spread(placement.zero is not None)
+    check_not_quantised(outline.module.model)
+    split = _split_weights(outline.module.model.language_model) if placement.split > 1 else set()
+    layers = _layers(outline, placement)
+    optimizer = outline.module.optimizer(parameter_groups(outline.module.parts()))
+    if placement.zero is not None or any(x in split or _is_shard(x, layers, placement) for x in weights_of(optimizer)):
+        check_takes_shares(optimizer)
     if placement.split > 1:
-        split = _split_weights(outline.module.model.language_model)
-        optimizer = outline.module.optimizer(parameter_groups(outline.module.parts()))
         check_at_a_time(optimizer, lambda weight: weight in split, precision or precision_of(None), placement.split)
 
 

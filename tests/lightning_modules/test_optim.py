@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit
 from callback_fakes import FakeData, FakeModule, good_batch, make_trainer
 from torch import Tensor, nn
 
 from encoders.base import Part
 from encoders.tuning import Tune
-from lightning_modules.optim import WarmupCosine, clip_gradients, parameter_groups
+from lightning_modules.optim import WarmupCosine, check_takes_shares, clip_gradients, parameter_groups
 
 
 class Gated(nn.Module):
@@ -199,3 +200,12 @@ def test_an_optimizer_of_8_bits_trains_nearly_like_one_of_32(tmp_path: Path) -> 
             torch.save(optimizer.state_dict(), tmp_path / "state.pt")
             torch.load(tmp_path / "state.pt", weights_only=True)
     assert (ends[0] - ends[1]).norm() < 0.1 * ends[1].norm()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.Muon, torch.optim.LBFGS, AdamW8bit])
+def test_optimizers_that_need_whole_weights_take_no_shares(kind: type[torch.optim.Optimizer]) -> None:
+    weights = [torch.nn.Parameter(torch.randn(4, 4))]
+    with pytest.raises(ValueError, match=f"{kind.__name__}, which looks at more than one value.*ddp.yaml"):
+        check_takes_shares(kind(weights))
+    for fine in (torch.optim.AdamW, torch.optim.SGD):
+        check_takes_shares(fine(weights))

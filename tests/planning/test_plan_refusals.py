@@ -57,6 +57,15 @@ def test_optimizers_that_take_all_weights_at_a_time(tiny_llm: Path, option: str)
         check_placement(outline, SPLIT)
 
 
+@pytest.mark.parametrize("placement", [SPLIT, Placement(2, is_sharded=True), Placement(2, is_sharded=True, flat="FULL_SHARD")])
+def test_optimizers_that_look_at_more_than_a_share(tiny_llm: Path, placement: Placement) -> None:
+    module = MultiModalLitModule(LanguageModel(str(tiny_llm), tune=Tune(mode="full")), optimizer=torch.optim.Adafactor)
+    outline = make_outline(module)
+    check_placement(outline, Placement(2, has_buckets=True))
+    with pytest.raises(ValueError, match=r"^model\.optimizer is \S+\.Adafactor, which looks at more"):
+        check_placement(outline, placement)
+
+
 def test_a_scaler_beside_split_layers(tiny_llm: Path) -> None:
     outline = make_outline(MultiModalLitModule(LanguageModel(str(tiny_llm), tune=Tune(mode="full"))))
     check_placement(outline, SPLIT, precision_of("bf16-mixed"))
