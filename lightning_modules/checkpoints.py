@@ -179,7 +179,8 @@ class RunCheckpoint(ModelCheckpoint):
             if self.on_save_error == "stop":
                 raise
             self.load_state_dict(before)
-            rank_zero_warn(f"{error}. The run goes on without this checkpoint, since checkpoint.on_save_error is go_on")
+            without = f"a checkpoint of step {trainer.global_step:,}"  # with it, since Python shows a warning of one text once
+            rank_zero_warn(f"{error}. The run goes on without {without}, since checkpoint.on_save_error is go_on")
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         # Lightning spares the one that a run goes on from, which one that was not stopped would have removed
