@@ -75,7 +75,7 @@ def test_an_index_in_the_cache_folder(tmp_path: Path, cache_home: Path, monkeypa
 
 def test_sizes_of_rows(tmp_path: Path, cache_home: Path, row_processor: Any) -> None:
     folder = cache_home / "sizes"
-    left = leave("row_sizes", f"row_sizes._write(Path({str(folder / '01.npy')!r}), np.zeros((4, 2)))", folder)
+    left = leave("kept_sizes", f"kept_sizes.keep(Path({str(folder / '01.npy')!r}), np.zeros((4, 2)))", folder)
     dataset = MultiModalDataset(str(write_rows(tmp_path / "rows.jsonl", 3)), str(tmp_path), row_processor)
     row_sizes(dataset, num_workers=0)
     (kept,) = folder.glob("*.npy")

@@ -64,6 +64,8 @@ def test_a_written_video_shows_its_frames(tmp_path):
 def test_prepared_clips_are_balanced_and_no_emoji_is_in_two_splits(tmp_path, monkeypatch):
     monkeypatch.setattr(motion, "SPLIT_EMOJI", {"train": 2, "val": 1, "test": 1})
     monkeypatch.setattr(motion, "CLIPS_EACH", 2)
+    drawn, write_video = [], motion.write_video
+    monkeypatch.setattr(motion, "write_video", lambda frames, path: drawn.append(frames) or write_video(frames, path))
     prepared = prepare(tmp_path / "motion")
     emoji = defaultdict(set)
     for split, count in motion.SPLIT_EMOJI.items():
@@ -86,5 +88,5 @@ def test_prepared_clips_are_balanced_and_no_emoji_is_in_two_splits(tmp_path, mon
     assert {path: path.stat().st_mtime_ns for path in before} == before
     again = prepare(tmp_path / "again")
     assert all(again[split].read_bytes() == prepared[split].read_bytes() for split in motion.SPLIT_EMOJI)
-    video = read_rows(prepared["test"])[0]["videos"][0]
-    assert (again["media_root"] / video).read_bytes() == (prepared["media_root"] / video).read_bytes()
+    half = len(drawn) // 2  # how frames are encoded is the library's
+    assert half and all(np.array_equal(one, other) for one, other in zip(drawn[:half], drawn[half:], strict=True))
