@@ -115,7 +115,7 @@ class FlatShardedStrategy(OneFileStrategy, FSDPStrategy):
         """
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            if trainer.world_size > 1 and any(cut_of(weight) is not None for weight in weights_of(optimizer)):
+            if any(cut_of(weight) is not None for weight in weights_of(optimizer)):
                 check_takes_shares(optimizer)
             optimizer.register_step_post_hook(_drop_gradients)
 

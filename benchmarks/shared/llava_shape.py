@@ -73,6 +73,13 @@ def write_weights(
     causal.save_pretrained(folder / "language", max_shard_size=max_shard_size)
     model.model.vision_tower.save_pretrained(folder / "vision")
     torch.save(model.model.multi_modal_projector.state_dict(), folder / "projector.pt")
+    _write_processors(folder, vocabulary)
+
+
+def _write_processors(folder: Path, vocabulary: int) -> None:
+    """Writes the tokenizer of the language model, and the processor of the whole."""
+    import transformers as hf
+
     tokenizer = _tokenizer({})
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}<eos>{% endfor %}"
     tokenizer.save_pretrained(folder / "language")
